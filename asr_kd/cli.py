@@ -1,0 +1,113 @@
+"""`asr-kd`: parse, call one function, print."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from asr_kd import __version__
+from asr_kd.errors import AsrKdError
+
+OVERRIDES = "--key value: any setting of the YAML file, e.g. --temperature 5 --num_teachers 4"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; errors that the user can mend are one line and exit code 2 (`--debug` shows the traceback)."""
+    raise SystemExit(guarded(_run, arguments))
+
+
+def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
+    """Call `command` with the arguments less `--debug`; turn what went wrong into one line and an exit code."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: spinning threads starve the processes beside them
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        command(words)
+        sys.stdout.flush()
+    except AsrKdError as error:
+        if debug:
+            raise
+        print(f"asr-kd: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("asr-kd: interrupted; the same command continues from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `asr-kd ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+def main_train(words: Sequence[str]) -> None:
+    """`recipes/*/train.py HPARAMS [--sweep] [--key value ...]`: the same as `asr-kd train HPARAMS ...` or `asr-kd sweep HPARAMS ...`."""
+    _run(["sweep" if "--sweep" in words else "train", *(word for word in words if word != "--sweep")])
+
+
+def _run(words: Sequence[str]) -> None:
+    parser = _parser()
+    options, overrides = parser.parse_known_args(words)
+    if overrides and not options.takes_settings:
+        raise AsrKdError(f"unknown argument {overrides[0]!r}; see asr-kd {options.command} --help")
+    options.function(options, overrides)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="asr-kd", description=__import__("asr_kd").__doc__, epilog="--debug shows the traceback of an error.")
+    parser.add_argument("--version", action="version", version=f"asr-kd {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, function: Callable[[argparse.Namespace, Sequence[str]], None], text: str, takes_settings: bool) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, epilog=OVERRIDES if takes_settings else None)
+        command.set_defaults(function=function, takes_settings=takes_settings)
+        return command
+
+    add("demo", _demo, "run the whole recipe on the synthetic corpus (a few minutes on two cores)", True)
+    for name, function, text in (("train", _train, "run a recipe: corpus to results.json and report.html; a re-run continues"),
+                                 ("sweep", _sweep, "distil one student per temperature in sweep_temperatures and add them to the report")):
+        add(name, function, text, True).add_argument("hparams", metavar="HPARAMS", help="settings file, e.g. recipes/LibriSpeech/hparams/mini.yaml")
+    transcribe = add("transcribe", _transcribe, "print the words of audio files (any format soundfile reads, any sample rate)", False)
+    transcribe.add_argument("bundle", metavar="BUNDLE", type=Path, help="the folder that training wrote as student/bundle")
+    transcribe.add_argument("files", metavar="FILE", nargs="+", type=Path)
+    add("report", _report, "write report.md and report.html again from results.json", False).add_argument("output_folder", metavar="OUTPUT_FOLDER", type=Path)
+    return parser
+
+
+def _demo(_: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from asr_kd.experiment import DEMO_HPARAMS, run
+
+    run(DEMO_HPARAMS, overrides)
+
+
+def _train(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from asr_kd.experiment import run
+
+    run(options.hparams, overrides)
+
+
+def _sweep(options: argparse.Namespace, overrides: Sequence[str]) -> None:
+    from asr_kd.experiment import run
+
+    run(options.hparams, overrides, sweep=True)
+
+
+def _transcribe(options: argparse.Namespace, _: Sequence[str]) -> None:
+    from asr_kd.bundle import load_bundle, transcribe
+
+    bundle = load_bundle(options.bundle)
+    for path in options.files:
+        words = transcribe(bundle, path)
+        print(f"{path}\t{' '.join(words)}" if len(options.files) > 1 else " ".join(words), flush=True)
+
+
+def _report(options: argparse.Namespace, _: Sequence[str]) -> None:
+    from asr_kd.report import write_report
+    from asr_kd.stage import read_json
+
+    write_report(options.output_folder, read_json(options.output_folder / "results.json"))
+    print(options.output_folder / "report.html")

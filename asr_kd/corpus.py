@@ -1,0 +1,173 @@
+"""The corpus and text stages: manifests, lexicon and language model of an experiment."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from asr_kd.errors import AsrKdError
+from asr_kd.g2p import complete_lexicon
+from asr_kd.lexicon import Lexicon, read_lexicon
+from asr_kd.lm import estimate_kneser_ney, write_arpa
+from asr_kd.manifest import Utterance, check_unique, find_split, load_split, read_manifest, write_exclusions, write_manifest
+from asr_kd.settings import Settings
+from asr_kd.stage import Record, file_fingerprint, run_stage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Transcribed speech by split, and which of it serves what.
+
+    Attributes:
+        splits: name -> usable utterances.
+        train: ids of the utterances that everything is trained on.
+        tuning: ids of the held-out speakers of the training splits, on whom every choice is made.
+        evaluation: names of the splits that are reported.
+        data_folder: where the audio is.
+        fingerprint: identifies the manifests.
+    """
+
+    splits: dict[str, list[Utterance]]
+    train: list[str]
+    tuning: list[str]
+    evaluation: list[str]
+    data_folder: Path
+    fingerprint: str
+
+    @property
+    def words(self) -> dict[str, tuple[str, ...]]:
+        """Transcript of every utterance."""
+        return {utterance.utt_id: utterance.words for utterances in self.splits.values() for utterance in utterances}
+
+    @property
+    def speakers(self) -> dict[str, str]:
+        """Speaker of every utterance."""
+        return {utterance.utt_id: utterance.spk_id for utterances in self.splits.values() for utterance in utterances}
+
+    @property
+    def durations_s(self) -> dict[str, float]:
+        """Length of every utterance in seconds."""
+        return {utterance.utt_id: utterance.duration_s for utterances in self.splits.values() for utterance in utterances}
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the aligner and the decoder know of words.
+
+    Attributes:
+        lexicon: pronunciations, generated ones included.
+        arpa: path of the n-gram language model.
+        fingerprint: identifies both.
+    """
+
+    lexicon: Lexicon
+    arpa: Path
+    fingerprint: str
+
+
+def prepare_corpus(settings: Settings, data_folder: Path) -> tuple[Corpus, Record]:
+    """Write a manifest of every split, and the list of what cannot be used, to `manifests/`.
+
+    Raises:
+        AsrKdError: no such split, an utterance id in two splits, or a tuning speaker who is not in the training splits.
+    """
+    names = {split: Path(split).stem if split.endswith(".csv") else split for split in (*settings.train_splits, *settings.dev_splits, *settings.test_splits)}
+    if len(set(names.values())) < len(names):
+        raise AsrKdError(f"splits {', '.join(names)}: two have the same name; rename a manifest")
+
+    def work(folder: Path) -> None:
+        for split, name in names.items():
+            utterances, exclusions = load_split(split, data_folder)
+            write_manifest(folder / f"{name}.csv", utterances)
+            write_exclusions(folder / f"{name}.excluded.csv", exclusions)
+
+    folder = settings.output / "manifests"
+    inputs = {name: _transcripts_fingerprint(split, data_folder) for split, name in names.items()}
+    record = run_stage("manifests", folder, {"data_folder": data_folder, "splits": names}, inputs, work)
+    splits = {name: read_manifest(folder / f"{name}.csv") for name in names.values()}
+    check_unique(utterance for utterances in splits.values() for utterance in utterances)
+    in_training = [utterance for split in settings.train_splits for utterance in splits[names[split]]]
+    tuning_speakers = set(settings.tuning_speakers) or choose_tuning_speakers(in_training)
+    unknown = tuning_speakers - {utterance.spk_id for utterance in in_training}
+    if unknown:
+        raise AsrKdError(f"tuning_speakers: {', '.join(sorted(unknown))} not in {', '.join(settings.train_splits)}; choose from the spk_id column of {folder}")
+    train = [utterance.utt_id for utterance in in_training if utterance.spk_id not in tuning_speakers]
+    tuning = [utterance.utt_id for utterance in in_training if utterance.spk_id in tuning_speakers]
+    if not train:
+        raise AsrKdError("tuning_speakers: nobody is left to train on; hold out fewer")
+    evaluation = [names[split] for split in (*settings.dev_splits, *settings.test_splits)]
+    log.info("corpus: %d utterances to train on, %d for tuning (speakers %s), %s", len(train), len(tuning), ", ".join(sorted(tuning_speakers)),
+             ", ".join(f"{len(splits[name])} in {name}" for name in evaluation))
+    return Corpus(splits, train, tuning, evaluation, data_folder, record.fingerprint), record
+
+
+def choose_tuning_speakers(utterances: Sequence[Utterance], share: float = 0.05) -> set[str]:
+    """The speakers with least speech, at least two, until they hold `share` of it: they cost training least.
+
+    Raises:
+        AsrKdError: fewer than three speakers.
+    """
+    seconds: dict[str, float] = {}
+    for utterance in utterances:
+        seconds[utterance.spk_id] = seconds.get(utterance.spk_id, 0.0) + utterance.duration_s
+    if len(seconds) < 3:
+        raise AsrKdError(f"training splits hold {len(seconds)} speakers, expected 3 or more, as two are held out for tuning; "
+                         "give every speaker an id of their own")
+    chosen: set[str] = set()
+    for speaker in sorted(seconds, key=lambda name: (seconds[name], name)):
+        if len(chosen) >= 2 and sum(seconds[name] for name in chosen) >= share * sum(seconds.values()):
+            break
+        if len(chosen) + 1 < len(seconds):
+            chosen.add(speaker)
+    return chosen
+
+
+def prepare_text(settings: Settings, corpus: Corpus, lexicon_paths: Sequence[Path], arpa: Path | None, lm_text: Path | None) -> tuple[Text, Record]:
+    """Complete the lexicon for the transcripts; estimate the language model where none is given.
+
+    Without `arpa` and `lm_text` the language model is estimated from the training transcripts.
+    """
+    folder = settings.output / "text"
+
+    def work(folder: Path) -> None:
+        utterances = [utterance for split in corpus.splits.values() for utterance in split]
+        extended, generated, exclusions = complete_lexicon(read_lexicon(lexicon_paths, settings.strip_stress), utterances, settings.unknown_words == "g2p")
+        extended.write(folder / "lexicon.txt")
+        generated.write(folder / "lexicon_generated.txt")
+        write_exclusions(folder / "without_pronunciation.csv", exclusions)
+        if arpa is None:
+            write_arpa(estimate_kneser_ney(_sentences(corpus, lm_text), settings.lm_order), folder / "lm.arpa")
+
+    inputs = {"manifests": corpus.fingerprint} | {f"lexicon {n}": file_fingerprint(path) for n, path in enumerate(lexicon_paths)}
+    inputs |= {name: file_fingerprint(path) for name, path in (("lm", arpa), ("lm_text", lm_text)) if path is not None}
+    choices = {"strip_stress": settings.strip_stress, "unknown_words": settings.unknown_words, "lm_order": settings.lm_order if arpa is None else None}
+    record = run_stage("text", folder, choices, inputs, work)
+    return Text(read_lexicon([folder / "lexicon.txt"]), arpa or folder / "lm.arpa", record.fingerprint), record
+
+
+def _sentences(corpus: Corpus, lm_text: Path | None) -> list[list[str]]:
+    if lm_text is None:
+        words = corpus.words
+        return [list(words[utt_id]) for utt_id in corpus.train]
+    try:
+        return [line.split() for line in lm_text.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise AsrKdError(f"{lm_text}: not readable as text ({error}); check lm_text") from error
+
+
+def _transcripts_fingerprint(split: str, data_folder: Path) -> str:
+    """Identifies a split's transcripts and which audio files lie beside them, without reading the audio."""
+    path = find_split(split, data_folder)
+    if path.is_file():
+        return file_fingerprint(path)
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*/*/*")):
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        if file.name.endswith(".trans.txt"):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,357 @@
+"""Log-mel filterbank features: Kaldi's filterbank in batches, mean normalisation, and windows of frames cut on the device."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from asr_kd.audio import read_audio
+from asr_kd.errors import AsrKdError
+from asr_kd.frames import INDEX, FrameStore, FrameWriter
+from asr_kd.manifest import Exclusion, Utterance, check_unique, write_exclusions
+from asr_kd.progress import progress
+from asr_kd.stage import fingerprint
+
+CMVN = ("speaker", "utterance", "corpus", "none")
+SHARD_UTTERANCES = 2000
+BATCH_UTTERANCES = 16
+# rows of the spectrum held at once: fits a core's cache, or is large enough to keep a GPU busy
+BLOCK_FRAMES = {"cpu": 512, "cuda": 65536}
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FbankOptions:
+    """Settings of the filterbank, with Kaldi's defaults; frames never reach beyond the samples (`snip_edges`), no dither."""
+
+    num_mels: int = 40
+    sample_rate: int = 16000
+    window_ms: float = 25.0
+    shift_ms: float = 10.0
+    low_freq_hz: float = 20.0
+    high_freq_hz: float = 0.0  # 0 or less: counted from the Nyquist frequency
+    preemphasis: float = 0.97
+
+    @property
+    def window(self) -> int:
+        """Samples per frame."""
+        return int(self.sample_rate * self.window_ms * 0.001)
+
+    @property
+    def shift(self) -> int:
+        """Samples between frames."""
+        return int(self.sample_rate * self.shift_ms * 0.001)
+
+    @property
+    def fft_size(self) -> int:
+        """Samples per frame after zero padding to a power of two."""
+        return 1 << (self.window - 1).bit_length()
+
+    def num_frames(self, num_samples: int) -> int:
+        """Frames that fit in so many samples.
+
+        >>> FbankOptions().num_frames(16000), FbankOptions().num_frames(400), FbankOptions().num_frames(399)
+        (98, 1, 0)
+        """
+        return max(0, 1 + (num_samples - self.window) // self.shift)
+
+
+def fbank(waveforms: Sequence[NDArray[np.float32] | Tensor], options: FbankOptions | None = None,
+          device: torch.device | str = "cpu") -> list[Tensor]:
+    """Log-mel energies (natural log) of several waveforms, each (N,) -> (T, num_mels) float32 on `device`.
+
+    Equal to `torchaudio.compliance.kaldi.fbank` with dither 0 and Kaldi's povey window. Samples are taken in [-1, 1] as they are:
+    Kaldi's own values, made from 16-bit integers, are larger by 2 ln 2^15, and the floor at float32's epsilon lies at
+    the level of 16-bit rounding noise. T is 0 for a waveform shorter than a window.
+    """
+    options = options or FbankOptions()
+    device = torch.device(device)
+    frame_counts = [options.num_frames(len(waveform)) for waveform in waveforms]
+    rows_each = [len(waveform) // options.shift + 1 for waveform in waveforms]  # at least one zero between two
+    starts = np.concatenate([[0], np.cumsum(rows_each)]).astype(np.int64)
+    log_mel = _log_mel(_joined(waveforms, rows_each, options).to(device), int(starts[-1]), options)  # (rows, F)
+    return [log_mel[start:start + count] for start, count in zip(starts, frame_counts, strict=False)]
+
+
+def _joined(waveforms: Sequence[NDArray[np.float32] | Tensor], rows_each: Sequence[int], options: FbankOptions) -> Tensor:
+    """Waveforms one after another, each starting at a multiple of the shift, so that one strided view holds every frame of all of them.
+
+    One zero before them stands for the sample before the first.
+    """
+    pieces = [torch.zeros(1)]
+    for waveform, rows in zip(waveforms, rows_each, strict=True):
+        pieces += [torch.as_tensor(waveform), torch.zeros(rows * options.shift - len(waveform))]
+    return torch.cat([*pieces, torch.zeros(options.window)])
+
+
+def _log_mel(samples: Tensor, rows: int, options: FbankOptions) -> Tensor:
+    """Frames start at every multiple of the shift, after one leading zero: (1 + N,) -> (rows, F)."""
+    window, mel = (table.to(samples.device) for table in _tables(options))  # (window,), (2 * bins, F)
+    emphasised = torch.sub(samples[1:], samples[:-1], alpha=options.preemphasis)
+    frames, raw_frames = (signal.as_strided((rows, options.window), (options.shift, 1)) for signal in (emphasised, samples[1:]))  # overlapping views
+    log_mel = torch.empty(rows, options.num_mels, device=samples.device)
+    block = BLOCK_FRAMES.get(samples.device.type, BLOCK_FRAMES["cpu"])
+    padded = torch.zeros(min(block, rows), options.fft_size, device=samples.device)
+    spectra = torch.empty(len(padded), options.fft_size // 2 + 1, dtype=torch.complex64, device=samples.device)  # one buffer: new pages cost more than the FFT
+    for start in range(0, rows, block):
+        end = min(start + block, rows)
+        part = padded[:end - start, :options.window]
+        offset = raw_frames[start:end].mean(dim=1, keepdim=True)  # (rows, 1)
+        # Kaldi removes each frame's mean before it emphasises; how the first sample is emphasised does not matter, the window is 0 there
+        torch.sub(frames[start:end], offset, alpha=1.0 - options.preemphasis, out=part)
+        part *= window
+        spectrum = torch.fft.rfft(padded[:end - start], out=spectra[:end - start])
+        powers = torch.view_as_real(spectrum).square_().flatten(1)  # (rows, 2 * bins)
+        energies = torch.mm(powers, mel, out=log_mel[start:end])  # real² + imaginary² is summed by the product
+        energies.clamp_(min=torch.finfo(torch.float32).eps).log_()
+    return log_mel
+
+
+@lru_cache(maxsize=8)
+def _tables(options: FbankOptions) -> tuple[Tensor, Tensor]:
+    """Povey window (window,), and triangular mel filters, each spectrum bin twice (real, imaginary): (fft_size + 2, F)."""
+    window = torch.hann_window(options.window, periodic=False).pow(0.85)
+    high_freq_hz = options.high_freq_hz + (options.sample_rate / 2 if options.high_freq_hz <= 0 else 0.0)
+    if not 0 <= options.low_freq_hz < high_freq_hz <= options.sample_rate / 2 or not 0 < options.shift <= options.window:
+        raise AsrKdError(f"features from {options.low_freq_hz} to {high_freq_hz} Hz at {options.sample_rate} Hz, shift {options.shift_ms} ms of "
+                         f"{options.window_ms} ms: expected low < high <= half the sample rate and shift <= window; check the feature settings")
+    edges = np.linspace(_mel(options.low_freq_hz), _mel(high_freq_hz), options.num_mels + 2)  # left, centre, right of each filter
+    bins = _mel(np.arange(options.fft_size // 2 + 1) * options.sample_rate / options.fft_size)[:, None]
+    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
+    filters = np.maximum(0, np.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)))  # (bins, F)
+    return window, torch.from_numpy(filters.repeat(2, axis=0)).float()
+
+
+def _mel(frequency_hz: Any) -> Any:
+    """Mel scale, 1127 ln(1 + f / 700)."""
+    return 1127.0 * np.log1p(np.asarray(frequency_hz, dtype=np.float64) / 700.0)
+
+
+def extract_features(utterances: Sequence[Utterance], folder: Path | str, options: FbankOptions | None = None, cmvn: str = "speaker",
+                     device: torch.device | str = "cpu", speed: float = 1.0, num_jobs: int = 2) -> list[Exclusion]:
+    """Write mean-normalised log-mel features as a `FrameStore` at `folder`, (N, num_mels) float16; return what was left out.
+
+    Left out, listed in `folder`/exclusions.csv too: audio that is missing, unreadable, without samples, or shorter than a window.
+    Memory use does not depend on the amount of speech. A cut-off run continues from its last shard when called again.
+
+    Args:
+        utterances: with unique ids.
+        folder: attributes of its store are `options`, `cmvn`, `speed`, `speakers` (utt_id -> spk_id) and `means` (spk_id -> (F,)
+            list for cmvn "speaker", "corpus" -> list for "corpus").
+        options: of the filterbank.
+        cmvn: subtract the mean over each "speaker", each "utterance", the whole "corpus", or "none".
+        device: where the filterbank is computed.
+        speed: 0.9 or 1.1 make perturbed copies; ids of utterances and speakers get the prefix "sp0.9-" as in Kaldi.
+        num_jobs: threads that decode audio.
+
+    Raises:
+        AsrKdError: duplicate ids, no usable utterance, NaN in the features (names the utterance), or the disk is full.
+    """
+    folder, options = Path(folder), options or FbankOptions()
+    if cmvn not in CMVN:
+        raise AsrKdError(f"cmvn {cmvn!r}: expected one of {', '.join(CMVN)}")
+    check_unique(utterances)
+    raw_folder = folder / "raw"
+    prefix = "" if speed == 1.0 else f"sp{speed:g}-"
+    shards = [list(utterances[start:start + SHARD_UTTERANCES]) for start in range(0, len(utterances), SHARD_UTTERANCES)]
+    with progress(desc=f"features {folder.name}", total=sum(u.duration_s for u in utterances) / 3600, unit="h") as bar:
+        stores = [_raw_shard(shard, raw_folder / f"{number:05d}", prefix, options, device, speed, num_jobs, lambda seconds: bar.update(seconds / 3600))
+                  for number, shard in enumerate(shards)]
+    exclusions = [Exclusion(*pair) for store in stores for pair in store.attributes["exclusions"]]  # type: ignore[attr-defined]
+    if exclusions:
+        log.warning("%s: %d of %d utterances left out, see %s", folder, len(exclusions), len(utterances), folder / "exclusions.csv")
+    if not any(len(store) for store in stores):
+        raise AsrKdError(f"{folder}: no usable utterance among {len(utterances)}"
+                         + (f" (first: {exclusions[0].utt_id}, {exclusions[0].reason})" if exclusions else "") + "; check the data folder")
+    speakers = {prefix + utterance.utt_id: prefix + utterance.spk_id for utterance in utterances}
+    _normalise(stores, folder, speakers, cmvn, {"options": asdict(options), "cmvn": cmvn, "speed": speed})
+    write_exclusions(folder / "exclusions.csv", exclusions)
+    shutil.rmtree(raw_folder)
+    return exclusions
+
+
+def _raw_shard(utterances: list[Utterance], folder: Path, prefix: str, options: FbankOptions, device: torch.device | str, speed: float, num_jobs: int,
+               tell: Callable[[float], object]) -> FrameStore:
+    """Unnormalised float32 features of some utterances; an earlier run's result of the same settings is kept."""
+    key = fingerprint([asdict(options), speed, [(u.utt_id, u.wav) for u in utterances]])
+    if (folder / INDEX).is_file() and (earlier := FrameStore(folder)).attributes.get("key") == key:
+        tell(sum(utterance.duration_s for utterance in utterances))
+        return earlier
+    exclusions: list[tuple[str, str]] = []
+    with FrameWriter(folder, (options.num_mels,), np.float32, {"key": key, "exclusions": exclusions}) as writer:
+        for batch, waveforms in _decoded(utterances, options.sample_rate, speed, num_jobs):
+            readable = [(u, w) for u, w in zip(batch, waveforms, strict=True) if isinstance(w, np.ndarray) and options.num_frames(len(w))]
+            for (utterance, _), log_mel in zip(readable, fbank([w for _, w in readable], options, device), strict=True):
+                writer.append(prefix + utterance.utt_id, log_mel.cpu().numpy())
+            exclusions += [(prefix + u.utt_id, _why_unusable(w, options)) for u, w in zip(batch, waveforms, strict=True)
+                           if not isinstance(w, np.ndarray) or not options.num_frames(len(w))]
+            tell(sum(utterance.duration_s for utterance in batch))
+    return FrameStore(folder)
+
+
+def _decoded(utterances: list[Utterance], sample_rate: int, speed: float,
+             num_jobs: int) -> Iterator[tuple[list[Utterance], list[NDArray[np.float32] | AsrKdError]]]:
+    """Batches of utterances with their waveforms (or why there is none), the next batch being decoded meanwhile."""
+    def read(utterance: Utterance) -> NDArray[np.float32] | AsrKdError:
+        try:
+            return read_audio(utterance.wav, sample_rate, speed)
+        except AsrKdError as error:
+            return error
+
+    batches = [utterances[start:start + BATCH_UTTERANCES] for start in range(0, len(utterances), BATCH_UTTERANCES)]
+    with ThreadPoolExecutor(max(1, num_jobs)) as pool:
+        coming = [pool.submit(read, utterance) for utterance in batches[0]] if batches else []
+        for number, batch in enumerate(batches):
+            current = coming
+            coming = [pool.submit(read, utterance) for utterance in batches[number + 1]] if number + 1 < len(batches) else []
+            yield batch, [future.result() for future in current]
+
+
+def _why_unusable(waveform: NDArray[np.float32] | AsrKdError, options: FbankOptions) -> str:
+    if isinstance(waveform, AsrKdError):
+        return str(waveform)
+    return f"{len(waveform)} samples, shorter than one window of {options.window}"
+
+
+def _normalise(stores: Sequence[FrameStore], folder: Path, speakers: dict[str, str], cmvn: str, attributes: dict[str, object]) -> None:
+    """Subtract means from raw features and write them as the final store."""
+    def group(utt_id: str) -> str:
+        return {"speaker": speakers[utt_id], "utterance": utt_id}.get(cmvn, "corpus")
+
+    sums: dict[str, NDArray[np.float64]] = {}
+    counts: dict[str, int] = {}
+    for store in stores:
+        for utt_id in store:
+            name, frames = group(utt_id), store[utt_id]
+            sums[name] = sums.get(name, np.zeros(frames.shape[1])) + frames.sum(axis=0, dtype=np.float64)
+            counts[name] = counts.get(name, 0) + len(frames)
+    means = {name: (sums[name] / counts[name] if cmvn != "none" else np.zeros_like(sums[name])) for name in sums}
+    used = {utt_id: speakers[utt_id] for store in stores for utt_id in store}
+    listed = {name: mean.tolist() for name, mean in means.items()} if cmvn in ("speaker", "corpus") else {}
+    num_mels = stores[0].frames.shape[1]
+    with FrameWriter(folder, (num_mels,), np.float16, {**attributes, "speakers": used, "means": listed}) as writer:
+        for store in stores:
+            for utt_id in store:
+                writer.append(utt_id, np.subtract(store[utt_id], means[group(utt_id)], dtype=np.float32, casting="same_kind"))
+
+
+class Windows:
+    """Windows of `left + 1 + right` frames around any frame of a set of utterances, cut on the device when asked for.
+
+    Features lie on the device once, each utterance with its first and last frame repeated `left` and `right` times, so that
+    a batch of windows is one gather of rows.
+
+    Attributes:
+        utt_ids: utterances in the order of their frames.
+        num_frames: N, over all utterances; frame indices are 0..N-1.
+        dim: (left + 1 + right) * F, width of a window.
+
+    Args:
+        stores: one feature store, or several read together (speed-perturbed copies).
+        utt_ids: which utterances, in which order; all of them by default.
+        left: frames of context before.
+        right: frames of context after.
+        device: where the features are kept.
+        dtype: kept as float16 (half the memory) or float32.
+
+    Raises:
+        AsrKdError: an utterance id occurs in two stores or in none, or the stores were made with different settings.
+    """
+
+    def __init__(self, stores: FrameStore | Sequence[FrameStore], utt_ids: Sequence[str] | None = None, left: int = 20, right: int = 5,
+                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float16) -> None:
+        stores = [stores] if isinstance(stores, FrameStore) else list(stores)
+        store_of = _store_of_each(stores)
+        self.utt_ids = list(store_of if utt_ids is None else utt_ids)
+        missing = [utt_id for utt_id in self.utt_ids if utt_id not in store_of]
+        if missing:
+            raise AsrKdError(f"{missing[0]}: no features in {', '.join(str(store.folder) for store in stores)} ({len(missing)} utterances "
+                             "without); run the features stage again")
+        self.left, self.right = left, right
+        self.device = torch.device(device)
+        lengths = np.array([store_of[utt_id].length(utt_id) for utt_id in self.utt_ids], dtype=np.int64)
+        self.offsets: NDArray[np.int64] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        self.num_frames = int(self.offsets[-1])
+        self._position = {utt_id: u for u, utt_id in enumerate(self.utt_ids)}
+        frame_dim = stores[0].frames.shape[1]
+        self.dim = (left + 1 + right) * frame_dim
+        padded = self._padded([store_of[utt_id][utt_id] for utt_id in self.utt_ids], frame_dim, dtype)
+        rows = np.arange(self.num_frames, dtype=np.int64) + np.repeat(np.arange(len(lengths)), lengths) * (left + right)
+        self._row_of_frame = torch.from_numpy(rows).to(self.device)  # (N,), first row of the frame's window
+        self._rows = padded.to(self.device)  # (N + U * (left + right), F)
+        self._context = torch.arange(left + 1 + right, device=self.device)
+
+    def gather(self, frame_indices: Tensor) -> Tensor:
+        """Windows around these frames: (B,) int64 -> (B, dim) float32."""
+        rows = self._row_of_frame[frame_indices.to(self.device)][:, None] + self._context  # (B, left + 1 + right)
+        return self._rows.index_select(0, rows.flatten()).view(-1, self.dim).float()
+
+    def utterance(self, utt_id: str) -> Tensor:
+        """Windows around every frame of an utterance, (T, dim) float32."""
+        start, end = self.span(utt_id)
+        frame_dim = self._rows.shape[1]
+        first = start + self._position[utt_id] * (self.left + self.right)
+        return self._rows.as_strided((end - start, self.dim), (frame_dim, 1), first * frame_dim).float()
+
+    def span(self, utt_id: str) -> tuple[int, int]:
+        """First frame index and one past the last of an utterance."""
+        if utt_id not in self._position:
+            raise AsrKdError(f"{utt_id}: not among the {len(self.utt_ids)} utterances of these windows; check the split")
+        u = self._position[utt_id]
+        return int(self.offsets[u]), int(self.offsets[u + 1])
+
+    def targets(self, store: FrameStore) -> Tensor:
+        """What another store holds for the same utterances and frames, (N, ...) on the device, e.g. state ids.
+
+        Raises:
+            AsrKdError: an utterance is missing there, or has another number of frames.
+        """
+        targets = torch.empty((self.num_frames, *store.frames.shape[1:]), dtype=torch.from_numpy(np.empty(0, store.frames.dtype)).dtype)
+        for utt_id in self.utt_ids:
+            start, end = self.span(utt_id)
+            values = store[utt_id]
+            if len(values) != end - start:
+                raise AsrKdError(f"{utt_id}: {len(values)} targets in {store.folder} for {end - start} frames; run the stage that wrote them again")
+            targets[start:end] = torch.from_numpy(np.array(values))
+        return targets.to(self.device)
+
+    def _padded(self, parts: list[NDArray[np.generic]], frame_dim: int, dtype: torch.dtype) -> Tensor:
+        context = self.left + self.right
+        padded = torch.empty(self.num_frames + len(parts) * context, frame_dim, dtype=dtype)
+        start = 0
+        for part in parts:
+            if len(part) == 0:
+                raise AsrKdError("an utterance without frames; run the features stage again")
+            frames = torch.from_numpy(np.array(part))
+            end = start + self.left + len(part)
+            padded[start:start + self.left] = frames[0]
+            padded[start + self.left:end] = frames
+            padded[end:end + self.right] = frames[-1]
+            start = end + self.right
+        return padded
+
+
+def _store_of_each(stores: Sequence[FrameStore]) -> dict[str, FrameStore]:
+    settings = [{key: store.attributes.get(key) for key in ("options", "cmvn")} for store in stores]
+    for store, other in zip(stores, settings, strict=True):
+        if other != settings[0]:
+            raise AsrKdError(f"{store.folder}: features made with {other}, those at {stores[0].folder} with {settings[0]}; run the features stage again")
+    store_of: dict[str, FrameStore] = {}
+    for store in stores:
+        for utt_id in store:
+            if utt_id in store_of:
+                raise AsrKdError(f"{utt_id}: in {store_of[utt_id].folder} and in {store.folder}; ids must be unique across the splits read together")
+            store_of[utt_id] = store
+    return store_of

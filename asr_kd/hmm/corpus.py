@@ -1,0 +1,228 @@
+"""Passes over a corpus: graphs of its transcripts, batches of utterances, alignment on several threads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Protocol, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from asr_kd.errors import AsrKdError
+from asr_kd.hmm.features import Features
+from asr_kd.hmm.frontend import Frontend
+from asr_kd.hmm.gmm import GaussianMixtures, log_likelihoods
+from asr_kd.hmm.model import STATES_PER_PHONE, HmmModel
+from asr_kd.hmm.topology import AlignmentGraph, build_alignment_graph
+from asr_kd.hmm.viterbi import Path, viterbi
+from asr_kd.progress import progress
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+MAX_CACHED_STATES = 4_000_000
+"""Graphs of about this many states (some 100 MB) are kept between passes; further ones are built when needed."""
+MAX_BATCH_CELLS = 40_000_000
+"""Frames times states of a Viterbi batch: bytes of its traceback."""
+MAX_CHUNK_FRAMES = 200_000
+"""Frames that are held in memory at once while statistics are summed."""
+GUIDE_FRAMES = 50
+"""Frames by which a word may leave its place in an earlier alignment."""
+GUIDED_BLOCK = 128
+"""Frames that are scored together in the states that an earlier alignment allows."""
+
+
+class Pronouncer(Protocol):
+    """What is needed of a lexicon (`asr_kd.lexicon.Lexicon`, or a dict with `phones`)."""
+
+    @property
+    def phones(self) -> Sequence[str]: ...
+    def __contains__(self, word: object) -> bool: ...
+    def __getitem__(self, word: str) -> Sequence[Sequence[str]]: ...
+
+
+class Graphs:
+    """Alignment graphs of transcripts by utterance id.
+
+    Args:
+        transcripts: utterance id -> words.
+        lexicon: pronunciations.
+        phones: the HMM's phones.
+    """
+
+    def __init__(self, transcripts: Mapping[str, Sequence[str]], lexicon: Pronouncer, phones: tuple[str, ...]) -> None:
+        self.transcripts = transcripts
+        self.lexicon = lexicon
+        self.num_phones = len(phones)
+        self._ids = {phone: i + 1 for i, phone in enumerate(phones)}
+        self._cache: dict[str, AlignmentGraph] = {}
+        self._cached_states = 0
+
+    def pronunciations(self, utt_id: str) -> list[list[tuple[int, ...]]]:
+        """For each word of an utterance its pronunciations as phone ids.
+
+        Raises:
+            AsrKdError: a pronunciation uses a phone that the HMM lacks.
+        """
+        try:
+            return [[tuple(self._ids[phone] for phone in variant) for variant in self.lexicon[word]] for word in self.transcripts[utt_id]]
+        except KeyError as error:
+            raise AsrKdError(f"{utt_id}: phone {error} is not in the HMM; use the lexicon that it was trained with") from None
+
+    def problem(self, utt_id: str, features: Features) -> str | None:
+        """Why an utterance cannot be aligned, or None."""
+        words = self.transcripts[utt_id]
+        if utt_id not in features:
+            return "no features"
+        if not words:
+            return "empty transcript"
+        missing = sorted({word for word in words if word not in self.lexicon})
+        if missing:
+            return f"word outside the lexicon: {' '.join(missing)}"
+        shortest, frames = self[utt_id].min_frames, features.length(utt_id)
+        return f"{frames} frames, shorter than its {shortest} states" if frames < shortest else None
+
+    def __getitem__(self, utt_id: str) -> AlignmentGraph:
+        graph = self._cache.get(utt_id)
+        if graph is None:
+            graph = build_alignment_graph(self.pronunciations(utt_id), self.num_phones)
+            if self._cached_states < MAX_CACHED_STATES:
+                self._cache[utt_id] = graph
+                self._cached_states += graph.num_states
+        return graph
+
+
+def num_threads() -> int:
+    """Threads for passes over the corpus: the cores this process may use, at most eight."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)
+
+
+def map_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`map` over threads, in order, a few items ahead; each thread's own matrix products stay on one core."""
+    threads = num_threads()
+    if threads == 1:
+        yield from map(function, items)
+        return
+    before = torch.get_num_threads()
+    source = iter(items)
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        waiting: list[Future[Result]] = [pool.submit(function, item) for item in islice(source, 2 * threads)]
+        while waiting:
+            yield waiting.pop(0).result()
+            waiting.extend(pool.submit(function, item) for item in islice(source, 1))
+    torch.set_num_threads(before)
+
+
+def viterbi_batches(utt_ids: Iterable[str], graphs: Graphs, features: Features) -> list[list[str]]:
+    """Utterances of like length together, such that a batch's traceback stays small."""
+    batches: list[list[str]] = []
+    longest = states = 0
+    for utt_id in sorted(utt_ids, key=lambda utt_id: (-features.length(utt_id), utt_id)):
+        size = graphs[utt_id].num_states
+        if not batches or longest * (states + size) > MAX_BATCH_CELLS:
+            batches.append([])
+            longest, states = features.length(utt_id), 0
+        batches[-1].append(utt_id)
+        states += size
+    return batches
+
+
+def chunks(utt_ids: Iterable[str], features: Features, max_frames: int = MAX_CHUNK_FRAMES) -> Iterator[list[str]]:
+    """Runs of utterances of at most `max_frames` frames (or one utterance)."""
+    chunk: list[str] = []
+    frames = 0
+    for utt_id in utt_ids:
+        length = features.length(utt_id)
+        if chunk and frames + length > max_frames:
+            yield chunk
+            chunk, frames = [], 0
+        chunk.append(utt_id)
+        frames += length
+    if chunk:
+        yield chunk
+
+
+@dataclass(frozen=True, eq=False)
+class Aligned:
+    """An utterance's alignment.
+
+    Attributes:
+        codes: (T,) context code of each frame (`asr_kd.hmm.model.context_codes`); `hmm.flat_table[codes]` are the state ids of any tying.
+        nodes: (T,) node of the alignment graph, -1 where not known.
+        log_likelihood: of the best path, per utterance, natural log.
+    """
+
+    codes: NDArray[np.int32]
+    nodes: NDArray[np.int32]
+    log_likelihood: float
+
+
+Scores = Callable[[NDArray[np.integer], slice], NDArray[np.float32]]
+"""(state ids (U,), frames) -> (n, U) log-likelihoods of an utterance's frames."""
+
+
+def align_utterances(utt_ids: Sequence[str], graphs: Graphs, features: Features, hmm: HmmModel, scores_of: Callable[[str], Scores], desc: str,
+                     guide: Mapping[str, Aligned | None] | None = None) -> Iterator[tuple[str, Aligned | None]]:
+    """Align utterances; None where no path has a finite score. The order is by length, not as given.
+
+    Args:
+        scores_of: gives an utterance's scores.
+        guide: earlier alignments; a word may move by `GUIDE_FRAMES` from where it was, which saves most of the scores.
+    """
+    guide = guide or {}
+
+    def work(batch: list[str]) -> list[tuple[str, Aligned | None]]:
+        own = [graphs[utt_id] for utt_id in batch]
+        used = [np.unique(hmm.flat_table[graph.codes], return_inverse=True) for graph in own]
+        tables = [_scored(scores_of(utt_id), graph, features.length(utt_id), states, columns, guide.get(utt_id))
+                  for utt_id, graph, (states, columns) in zip(batch, own, used, strict=True)]
+        paths = viterbi(own, hmm, tables, [columns for _, columns in used])
+        return [(utt_id, _aligned(graph, path)) for utt_id, graph, path in zip(batch, own, paths, strict=True)]
+
+    batches = viterbi_batches(utt_ids, graphs, features)
+    with progress(desc=desc, total=len(utt_ids), unit="utt") as bar:
+        for results in map_threads(work, batches):
+            bar.update(len(results))
+            yield from results
+
+
+def _scored(scores: Scores, graph: AlignmentGraph, num_frames: int, states: NDArray[np.integer], columns: NDArray[np.integer],
+            guide: Aligned | None) -> NDArray[np.float32]:
+    """(T, U) log-likelihoods in the states that a graph uses; -inf where the guide rules a state out."""
+    if guide is None or guide.nodes[0] < 0:
+        return scores(states, slice(0, num_frames))
+    table = np.full((num_frames, len(states)), -np.inf, np.float32)
+    slots = graph.node_slot[guide.nodes]
+    first = np.searchsorted(slots, graph.node_slot, "left") - GUIDE_FRAMES
+    last = np.searchsorted(slots, graph.node_slot, "right") + GUIDE_FRAMES
+    for start in range(0, num_frames, GUIDED_BLOCK):
+        near = np.repeat((first < start + GUIDED_BLOCK) & (last > start), STATES_PER_PHONE)
+        active = np.unique(columns[near])
+        span = slice(start, min(start + GUIDED_BLOCK, num_frames))
+        table[span, active] = scores(states[active], span)
+    return table
+
+
+def _aligned(graph: AlignmentGraph, path: Path | None) -> Aligned | None:
+    return None if path is None else Aligned(graph.codes[path.states], path.states // STATES_PER_PHONE, path.log_probability)
+
+
+def mixture_scores(frontend: Frontend, mixtures: GaussianMixtures) -> Callable[[str], Scores]:
+    """Scores for `align_utterances` from Gaussian mixtures."""
+    projection = mixtures.projection()
+
+    def scores_of(utt_id: str) -> Scores:
+        frames = frontend.frames(utt_id)
+
+        def scores(states: NDArray[np.integer], span: slice) -> NDArray[np.float32]:
+            table: NDArray[np.float32] = log_likelihoods(mixtures, projection, frames[span], states).numpy()
+            return table
+
+        return scores
+
+    return scores_of

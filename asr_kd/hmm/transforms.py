@@ -1,0 +1,118 @@
+"""Linear transforms of features: LDA, a maximum-likelihood rotation for diagonal Gaussians (MLLT), speaker adaptation (fMLLR)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from asr_kd.hmm.gmm import GaussianMixtures, Statistics, posteriors, rows_by_state
+
+FloatArray = NDArray[np.float64]
+MIN_SPEAKER_FRAMES = 500
+"""A speaker with fewer speech frames is not adapted."""
+
+
+def lda(within: FloatArray, between: FloatArray, dim: int) -> Tensor:
+    """(D_in, dim) projection that makes the within-class covariance the identity and orders directions by class separation.
+
+    Directions are eigenvectors of within^-1 between (Fisher; Haeb-Umbach & Ney 1992).
+    """
+    size = len(within)
+    lower = np.linalg.cholesky(within + 1e-6 * np.trace(within) / size * np.eye(size))
+    whiten = np.linalg.inv(lower).T  # whiten.T @ within @ whiten = 1
+    values, vectors = np.linalg.eigh(whiten.T @ between @ whiten)
+    return torch.from_numpy((whiten @ vectors[:, np.argsort(-values)[:dim]]).astype(np.float32))
+
+
+class TransformStatistics:
+    """Sums for a row-wise maximum-likelihood transform of features under diagonal Gaussians (Gales 1998), addable.
+
+    Attributes:
+        outer: (D, D + 1, D + 1): for row i the sum over frames of (sum of posterior / variance_i) · [x, 1][x, 1]ᵀ.
+        cross: (D, D + 1): for row i the sum over frames of (sum of posterior · mean_i / variance_i) · [x, 1].
+        num_frames: frames seen.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.outer = np.zeros((dim, dim + 1, dim + 1))
+        self.cross = np.zeros((dim, dim + 1))
+        self.num_frames = 0
+
+    def add(self, mixtures: GaussianMixtures, raw: Tensor, frames: Tensor, states: NDArray[np.integer]) -> None:
+        """Add frames (T, D): posteriors from `frames` as adapted so far, sums over `raw`, the unadapted ones."""
+        projection = mixtures.projection()
+        precisions = 1.0 / mixtures.variances
+        weight, target = torch.empty_like(frames), torch.empty_like(frames)
+        for state, rows in rows_by_state(states):
+            shares, _ = posteriors(mixtures, projection, state, frames[rows])
+            span = slice(int(mixtures.offsets[state]), int(mixtures.offsets[state + 1]))
+            weight[rows] = shares @ precisions[span]
+            target[rows] = shares @ (precisions[span] * mixtures.means[span])
+        extended = torch.cat([raw, torch.ones(len(raw), 1)], 1)
+        self.cross += (target.T @ extended).double().numpy()
+        for i in range(raw.shape[1]):
+            self.outer[i] += ((extended * weight[:, i : i + 1]).T @ extended).double().numpy()
+        self.num_frames += len(states)
+
+    def __iadd__(self, other: TransformStatistics) -> TransformStatistics:
+        self.outer += other.outer
+        self.cross += other.cross
+        self.num_frames += other.num_frames
+        return self
+
+
+def fmllr(statistics: TransformStatistics, sweeps: int = 20) -> Tensor | None:
+    """(D, D + 1) affine transform [A, b] that maximises the likelihood of a speaker's frames; None with too few frames.
+
+    Row by row with the others fixed (Gales 1998, eqs. 21-24).
+    """
+    if statistics.num_frames < MIN_SPEAKER_FRAMES:
+        return None
+    dim = len(statistics.cross)
+    inverses = np.linalg.inv(statistics.outer)
+    transform = np.eye(dim, dim + 1)
+    for _ in range(sweeps):
+        for i in range(dim):
+            cofactor = np.append(np.linalg.inv(transform[:, :dim])[:, i], 0.0)
+            transform[i] = _best_row(cofactor, inverses[i], statistics.cross[i], statistics.outer[i], statistics.num_frames)
+    return torch.from_numpy(transform.astype(np.float32))
+
+
+def _best_row(cofactor: FloatArray, inverse: FloatArray, cross: FloatArray, outer: FloatArray, count: float) -> FloatArray:
+    """The row w that maximises count · log|cofactor · w| + cross · w - w · outer · w / 2."""
+    direction = cofactor @ inverse
+    a, b = float(direction @ cofactor), float(direction @ cross)
+    root = np.sqrt(b * b + 4 * a * count)
+    rows = [inverse @ (step * cofactor + cross) for step in ((-b + root) / (2 * a), (-b - root) / (2 * a))]
+
+    def gain(row: FloatArray) -> float:
+        return float(count * np.log(abs(cofactor @ row)) + cross @ row - 0.5 * row @ outer @ row)
+
+    return max(rows, key=gain)
+
+
+def mllt(mixtures: GaussianMixtures, statistics: Statistics, sums: TransformStatistics, sweeps: int = 10) -> Tensor:
+    """(D, D) matrix A of x -> A x that makes diagonal covariances fit best (Gales 1999, semi-tied covariances).
+
+    Args:
+        mixtures: the Gaussians that both sums were made with.
+        statistics: their EM statistics.
+        sums: over the same frames.
+    """
+    dim = mixtures.dim
+    means, precisions = mixtures.means.double().numpy(), 1.0 / mixtures.variances.double().numpy()
+    occupancies, totals = statistics.frames.numpy(), statistics.sums.numpy()
+    scatter = sums.outer[:, :dim, :dim].copy()
+    for i in range(dim):
+        cross = (totals * precisions[:, i : i + 1]).T @ means
+        scatter[i] += (means * (occupancies * precisions[:, i])[:, None]).T @ means - cross - cross.T
+    inverses = np.linalg.inv(scatter)
+    matrix = np.eye(dim)
+    for _ in range(sweeps):
+        for i in range(dim):
+            cofactor = np.linalg.inv(matrix)[:, i]
+            row = cofactor @ inverses[i]
+            matrix[i] = row * np.sqrt(statistics.num_frames / (row @ cofactor))
+    return torch.from_numpy(matrix.astype(np.float32))

@@ -1,0 +1,290 @@
+"""N-gram language models: read and write ARPA, estimate by interpolated modified Kneser-Ney, score text.
+
+>>> arpa = estimate_kneser_ney([("THE", "CAT"), ("THE", "DOG")], order=2)
+>>> round(sum(10 ** arpa.log10_prob(("THE",), word) for word in ("THE", "CAT", "DOG", "</s>")), 9)
+1.0
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal, NamedTuple, TextIO, cast
+
+from asr_kd.errors import AsrKdError
+from asr_kd.stage import atomic_path
+
+BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
+MAX_ORDER = 4
+_ZERO = -99.0  # how ARPA writes log10 of 0
+_COUNT = re.compile(r"ngram\s+(\d+)\s*=\s*(\d+)")
+_SECTION = re.compile(r"\\(\d+)-grams:")
+
+Ngram = tuple[str, ...]
+
+
+class Perplexity(NamedTuple):
+    """`perplexity` over the `tokens` scored (words and sentence ends); words that the model does not know are `unknown` and left out."""
+
+    perplexity: float
+    tokens: int
+    unknown: int
+
+
+@dataclass(frozen=True)
+class Arpa:
+    """A back-off n-gram model.
+
+    Attributes:
+        ngrams: per order (index 0: unigrams), n-gram -> (log10 probability, log10 back-off weight; may be above 0).
+    """
+
+    ngrams: tuple[dict[Ngram, tuple[float, float]], ...]
+
+    @property
+    def order(self) -> int:
+        """Longest n-gram."""
+        return len(self.ngrams)
+
+    @property
+    def vocabulary(self) -> list[str]:
+        """Words in the model's order, without the sentence marks."""
+        return [word for (word,) in self.ngrams[0] if word not in (BEGIN, END)]
+
+    def log10_prob(self, history: Sequence[str], word: str) -> float:
+        """log10 P(word | history); only the last order - 1 words of the history count.
+
+        A word outside the vocabulary has the probability of `<unk>`, or -infinity in a model without it.
+        """
+        if (word,) not in self.ngrams[0]:
+            if (UNKNOWN,) not in self.ngrams[0]:
+                return -math.inf
+            word = UNKNOWN
+        context = tuple(history)[max(0, len(history) - self.order + 1) :]
+        backoff = 0.0
+        while True:
+            found = self.ngrams[len(context)].get((*context, word))
+            if found is not None:
+                return backoff + found[0]
+            backoff += self.ngrams[len(context) - 1].get(context, (0.0, 0.0))[1]
+            context = context[1:]
+
+    def perplexity(self, sentences: Iterable[Sequence[str]]) -> Perplexity:
+        """Perplexity of sentences, sentence ends included."""
+        log10_total, tokens, unknown = 0.0, 0, 0
+        for sentence in sentences:
+            history = [BEGIN]
+            for word in (*sentence, END):
+                log10 = self.log10_prob(history, word)
+                history.append(word)
+                if math.isinf(log10):
+                    unknown += 1
+                else:
+                    log10_total, tokens = log10_total + log10, tokens + 1
+        return Perplexity(10 ** (-log10_total / tokens) if tokens else math.nan, tokens, unknown)
+
+
+def read_arpa(path: Path | str) -> Arpa:
+    """Read an ARPA file, plain or .gz.
+
+    Raises:
+        AsrKdError: the file is missing, cut off, or a line is malformed.
+    """
+    ngrams: list[dict[Ngram, tuple[float, float]]] = []
+    for order, log10_prob, words, backoff in _entries(Path(path)):
+        if order > len(ngrams):
+            ngrams.append({})
+        ngrams[-1][words] = (log10_prob, backoff)
+    return Arpa(tuple(ngrams))
+
+
+def read_vocabulary(path: Path | str) -> list[str]:
+    """The words of an ARPA file without the sentence marks; the whole file is checked on the way.
+
+    Raises:
+        AsrKdError: as `read_arpa`.
+    """
+    return [words[0] for order, _, words, _ in _entries(Path(path)) if order == 1 and words[0] not in (BEGIN, END)]
+
+
+def write_arpa(arpa: Arpa, path: Path | str) -> None:
+    """Write as ARPA, gzip-compressed where the name ends in .gz."""
+    with atomic_path(path) as part, _open_text(part, "w", str(path).endswith(".gz")) as file:
+        file.write("\\data\\\n")
+        for order, ngrams in enumerate(arpa.ngrams, start=1):
+            file.write(f"ngram {order}={len(ngrams)}\n")
+        for order, ngrams in enumerate(arpa.ngrams, start=1):
+            file.write(f"\n\\{order}-grams:\n")
+            for ngram, (log10_prob, backoff) in ngrams.items():
+                file.write(f"{log10_prob:.7g}\t{' '.join(ngram)}" + (f"\t{backoff:.7g}\n" if backoff else "\n"))
+        file.write("\n\\end\\\n")
+
+
+def estimate_kneser_ney(sentences: Iterable[Sequence[str]], order: int = 3, vocabulary: Iterable[str] = ()) -> Arpa:
+    """Interpolated modified Kneser-Ney (Chen & Goodman 1998, section 3), written as a back-off model.
+
+    Orders below the highest count the distinct words before an n-gram (n-grams that begin with `<s>` keep their own counts);
+    unigrams are interpolated with the uniform distribution. P(. | history) sums to one over the vocabulary and `</s>`.
+    Where counts of counts are too few for three discounts, one is used.
+
+    Args:
+        sentences: words without sentence marks.
+        order: 1 to 4; less comes out where every sentence is shorter.
+        vocabulary: words to include beside those of the text; they share the uniform part.
+
+    Raises:
+        AsrKdError: order out of range, no sentence, or a sentence holds a sentence mark.
+    """
+    if not 1 <= order <= MAX_ORDER:
+        raise AsrKdError(f"language model: order {order}, expected 1 to {MAX_ORDER}; change the settings")
+    counts = _continuation_counts([ngrams for ngrams in _count_ngrams(sentences, order) if ngrams])  # short sentences have no long n-grams
+    words = sorted({word for (word,) in counts[0]} | set(vocabulary) - {BEGIN})
+    lower: dict[Ngram, float] = {(): 1 / len(words)}
+    probabilities: list[dict[Ngram, float]] = []
+    backoffs: list[dict[Ngram, float]] = []
+    for ngram_counts in counts:
+        if not probabilities:
+            ngram_counts = Counter({(word,): ngram_counts[(word,)] for word in words})
+        probability, backoff = _interpolate(ngram_counts, lower)
+        probabilities.append(probability)
+        backoffs.append(backoff)
+        lower = probability
+    backoffs.append({})
+    probabilities[0][(BEGIN,)] = 0.0
+    return Arpa(tuple(
+        {ngram: (_log10(p), _log10(backoff.get(ngram, 1.0))) for ngram, p in sorted(probability.items())}
+        for probability, backoff in zip(probabilities, backoffs[1:], strict=True)
+    ))
+
+
+def kneser_ney_discounts(counts: Iterable[int]) -> tuple[float, float, float]:
+    """Discounts for counts of one, two, and three or more (Chen & Goodman 1998, eq. 26).
+
+    >>> kneser_ney_discounts([1] * 8 + [2] * 4 + [3] * 2 + [4])  # Y = 1/2
+    (0.5, 1.25, 2.0)
+    >>> kneser_ney_discounts([1, 1, 2])  # too few for three: Y = 2/4
+    (0.5, 0.5, 0.5)
+    """
+    n = Counter(counts)
+    if not (n[1] and n[2]):
+        return 0.5, 0.5, 0.5
+    y = n[1] / (n[1] + 2 * n[2])
+    if not (n[3] and n[4]):
+        return y, y, y
+    first, second, third = (c - (c + 1) * y * n[c + 1] / n[c] for c in (1, 2, 3))
+    if not (0 < first <= 1 and 0 < second <= 2 and 0 < third <= 3):
+        return y, y, y
+    return first, second, third
+
+
+def _interpolate(counts: Counter[Ngram], lower: dict[Ngram, float]) -> tuple[dict[Ngram, float], dict[Ngram, float]]:
+    """n-gram -> probability, and history -> weight of the next lower order; `lower` has the probabilities of that order."""
+    discounts = (0.0, *kneser_ney_discounts(counts.values()))
+    totals: Counter[Ngram] = Counter()
+    freed: dict[Ngram, float] = {}
+    for ngram, count in counts.items():
+        totals[ngram[:-1]] += count
+        freed[ngram[:-1]] = freed.get(ngram[:-1], 0.0) + discounts[min(count, 3)]
+    weights = {history: mass / totals[history] for history, mass in freed.items()}
+    uniform = lower.get(())
+    probability = {}
+    for ngram, count in counts.items():
+        history = ngram[:-1]
+        below = lower[ngram[1:]] if uniform is None else uniform
+        probability[ngram] = (count - discounts[min(count, 3)]) / totals[history] + weights[history] * below
+    return probability, weights
+
+
+def _count_ngrams(sentences: Iterable[Sequence[str]], order: int) -> list[Counter[Ngram]]:
+    """Counts of the n-grams of each order in `<s> sentence </s>`; `<s>` alone is not counted, for it is never predicted."""
+    counts: list[Counter[Ngram]] = [Counter() for _ in range(order)]
+    for number, sentence in enumerate(sentences, start=1):
+        if BEGIN in sentence or END in sentence:
+            raise AsrKdError(f"language model: sentence {number} holds a sentence mark ({' '.join(sentence)[:60]}), expected words only; "
+                             f"remove {BEGIN} and {END}")
+        tokens = (BEGIN, *sentence, END)
+        for length in range(1, order + 1):
+            counts[length - 1].update(zip(*(tokens[start:] for start in range(length)), strict=False))
+    del counts[0][(BEGIN,)]
+    if not counts[0]:
+        raise AsrKdError("language model: no text, expected at least one sentence; check the transcripts")
+    return counts
+
+
+def _continuation_counts(counts: list[Counter[Ngram]]) -> list[Counter[Ngram]]:
+    """Below the highest order, the number of distinct words before each n-gram; n-grams that begin with `<s>` keep their counts."""
+    result = []
+    for ngrams, longer in pairwise(counts):
+        distinct = Counter(ngram[1:] for ngram in longer)
+        distinct.update({ngram: count for ngram, count in ngrams.items() if ngram[0] == BEGIN})
+        result.append(distinct)
+    return [*result, counts[-1]]
+
+
+def _log10(value: float) -> float:
+    return math.log10(value) if value > 0 else _ZERO
+
+
+def _entries(path: Path) -> Iterator[tuple[int, float, Ngram, float]]:
+    """(order, log10 probability, words, log10 back-off weight) of every n-gram; raises where counts or the end are not as announced."""
+    announced: dict[int, int] = {}
+    found: Counter[int] = Counter()
+    order = 0
+    ended = False
+    for number, line in _lines(path):
+        if not order and line.startswith("ngram "):
+            announced.update([_announced(path, number, line)])
+        elif section := _SECTION.fullmatch(line):
+            order = int(section.group(1))
+        elif line == "\\end\\":
+            ended = True
+            break
+        elif order and line:
+            found[order] += 1
+            yield order, *_entry(path, number, line, order)
+    if not announced or not ended or found != Counter(announced):
+        counts = ", ".join(f"{found[n]} of {announced[n]} {n}-grams" for n in sorted(announced)) or "no \\data\\ section"
+        end = "" if ended else ", no \\end\\"
+        raise AsrKdError(f"{path}: cut off or not an ARPA file ({counts}{end}); copy or download it again")
+
+
+def _announced(path: Path, number: int, line: str) -> tuple[int, int]:
+    match = _COUNT.fullmatch(line)
+    if not match:
+        raise AsrKdError(f"{path}: line {number} is {line[:60]!r}, expected 'ngram ORDER=COUNT'; correct the file")
+    return int(match.group(1)), int(match.group(2))
+
+
+def _entry(path: Path, number: int, line: str, order: int) -> tuple[float, Ngram, float]:
+    fields = line.split()
+    try:
+        if len(fields) - order not in (1, 2):
+            raise ValueError
+        return float(fields[0]), tuple(fields[1 : order + 1]), float(fields[-1]) if len(fields) == order + 2 else 0.0
+    except ValueError:
+        raise AsrKdError(f"{path}: line {number} is {line[:60]!r}, expected a number, {order} words and perhaps a back-off weight; correct the file") from None
+
+
+def _open_text(path: Path, mode: Literal["r", "w"], packed: bool) -> TextIO:
+    if packed:
+        return cast(TextIO, gzip.open(path, f"{mode}t", encoding="utf-8"))
+    return open(path, mode, encoding="utf-8")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered, stripped lines of a text or .gz file."""
+    try:
+        with _open_text(path, "r", path.suffix == ".gz") as file:
+            for number, line in enumerate(file, start=1):
+                yield number, line.strip()
+    except (EOFError, zlib.error) as error:
+        raise AsrKdError(f"{path}: cut off ({error}); copy or download it again") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise AsrKdError(f"{path}: could not be read ({getattr(error, 'strerror', None) or error}); check the path of the language model") from error

@@ -1,0 +1,118 @@
+"""The training stages: a network for realignment, the teachers, their soft targets, students and the control."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from asr_kd import __version__
+from asr_kd.corpus import Corpus
+from asr_kd.ensemble import Ensemble
+from asr_kd.frame_data import FrameData, input_statistics, load_frame_data
+from asr_kd.model import ModelShape
+from asr_kd.precision import choose_precision
+from asr_kd.schedule import ScheduleSettings
+from asr_kd.settings import Settings
+from asr_kd.soft_targets import OnTheFlyTargets, SoftTargetRecord, SoftTargetStore, extract
+from asr_kd.stage import Record, fingerprint, run_stage, write_json
+from asr_kd.targets import Features, Targets, speed_prefix
+from asr_kd.training import SoftTargets, TrainingSettings, train
+
+log = logging.getLogger(__name__)
+
+NETWORKS = "networks.safetensors"
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Frames to train on and frames of the tuning speakers to decide on, with what identifies them.
+
+    Attributes:
+        inputs: name -> fingerprint of features and targets.
+    """
+
+    train: FrameData
+    tuning: FrameData
+    num_states: int
+    inputs: Mapping[str, str]
+
+    @classmethod
+    def load(cls, settings: Settings, corpus: Corpus, features: Features, targets: Targets, speeds: list[float] | None = None) -> TrainingData:
+        """Read the frames of the training and tuning utterances that have targets (those without are listed beside the targets).
+
+        Args:
+            speeds: which copies of the training speech; all by default.
+        """
+        stores = [features.stores[name] for name, (split, _) in features.origin.items() if split not in corpus.evaluation]
+        states = [targets.stores[name] for name, (split, _) in features.origin.items() if split not in corpus.evaluation]
+        prefixes = sorted({prefix for _, prefix in features.origin.values()} if speeds is None else {speed_prefix(speed) for speed in speeds})
+
+        def frames(utt_ids: list[str]) -> FrameData:
+            aligned = [utt_id for utt_id in utt_ids if any(utt_id in store for store in states)]
+            return load_frame_data(stores, states, aligned, settings.left_context, settings.right_context, torch.device(settings.device))
+
+        train = frames([prefix + utt_id for prefix in prefixes for utt_id in corpus.train])
+        inputs = {"features": features.fingerprint, "targets": targets.fingerprint} | ({"speeds": fingerprint(prefixes)} if speeds is not None else {})
+        return cls(train, frames(corpus.tuning), targets.hmm.num_states, inputs)
+
+
+def train_networks(stage: str, folder: Path, settings: Settings, data: TrainingData, *, seeds: list[int], epochs: float, student: bool = False,
+                   soft_targets: SoftTargets | None = None, temperature: float = 1.0, inputs: Mapping[str, str] | None = None) -> tuple[Ensemble, Record]:
+    """Train one network per seed on hard targets, or on soft and hard ones; continue where an earlier run was cut.
+
+    Args:
+        student: take the student's size and dropout instead of a teacher's.
+        inputs: fingerprints of further inputs (the soft targets).
+    """
+    shape = network_shape(settings, data.num_states, student)
+    schedule = ScheduleSettings(learning_rate=settings.learning_rate, max_epochs=epochs)
+    training = TrainingSettings(schedule=schedule, batch_frames=settings.batch_frames, precision=settings.precision, temperature=temperature,
+                                hard_weight=settings.hard_weight)
+
+    def work(folder: Path) -> None:
+        networks = Ensemble(shape, seeds)
+        networks.set_input_statistics(*input_statistics(data.train, settings.num_mels, settings.seed))
+        networks = networks.to(settings.device)
+        result = train(networks, data.train, data.tuning, folder, training, seed=settings.seed, soft_targets=soft_targets)
+        write_json(folder / "training.json", {"heldout_accuracy": result.heldout_accuracy, "diverged": result.diverged, "precision": result.precision})
+        networks.save(folder / NETWORKS)
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+    choices = {"shape": asdict(shape), "training": asdict(training), "seeds": seeds, "seed": settings.seed, "device": settings.device,
+               "soft": soft_targets is not None}
+    record = run_stage(stage, folder, choices, {**data.inputs, **(inputs or {})}, work)
+    return Ensemble.load(folder / NETWORKS).to(settings.device), record
+
+
+def network_shape(settings: Settings, num_states: int, student: bool) -> ModelShape:
+    """The size of a teacher, or of the student, which is the teacher's where nothing else is said."""
+    layers, units, dropout = settings.hidden_layers, settings.hidden_units, settings.dropout
+    if student:
+        layers, units = settings.student_hidden_layers or layers, settings.student_hidden_units or units
+        dropout = dropout if settings.student_dropout is None else settings.student_dropout
+    input_dim = (settings.left_context + 1 + settings.right_context) * settings.num_mels
+    return ModelShape(input_dim, layers, units, num_states, dropout)
+
+
+def prepare_soft_targets(folder: Path, settings: Settings, data: TrainingData, teachers: Ensemble, teachers_fingerprint: str,
+                         temperature: float) -> tuple[SoftTargets, Record]:
+    """Soft targets at a temperature: the source for training, and the record of the store (of nothing stored where it is on the fly)."""
+    if settings.soft_targets == "on_the_fly":
+        source = OnTheFlyTargets(teachers, data.train, temperature, settings.teacher_mean)  # type: ignore[arg-type]
+        choices = {"temperature": temperature, "mean": settings.teacher_mean}
+        return source, Record("soft_targets", choices, {"teachers": teachers_fingerprint}, __version__, 0.0, {})
+    wanted = SoftTargetRecord(temperature, settings.teacher_mean, data.num_states, teachers_fingerprint,  # type: ignore[arg-type]
+                              data.inputs["features"], data.inputs["targets"])
+    device = torch.device(settings.device)
+
+    def work(folder: Path) -> None:
+        shape = (len(teachers), 1024, settings.hidden_units, settings.hidden_units)
+        extract(teachers, data.train, folder, wanted, seed=settings.seed, device=device, form=settings.soft_targets,  # type: ignore[arg-type]
+                precision=choose_precision(settings.precision, device, shape))
+
+    record = run_stage("soft_targets", folder, {"form": settings.soft_targets, "seed": settings.seed, **asdict(wanted)}, data.inputs, work)
+    return SoftTargetStore(folder, data.train, wanted, device), record

@@ -1,0 +1,277 @@
+"""Turn results into a page: `report.md` and a self-contained `report.html` beside `results.json`.
+
+What is read of `results`: the contract of results.json, and more where it is there. Fractions, never per cent; every key
+below is optional, also inside a system's row (a system that was not decoded has no WER).
+
+    splits: {split: {baseline|ensemble|distilled|control:
+                 {frame_accuracy, wer, wer_ci95: [lo, hi], errors, words, substitutions, deletions, insertions,
+                  real_time_factor, probability_better: P(lower WER than the baseline)},
+             members: [{frame_accuracy, wer?, ...}], gain_kept: {frame_accuracy, wer}}}
+    stages: {stage: seconds}                settings: {key: value}
+    decoding: {key: value}                  acoustic scale, word insertion penalty, ... as chosen on the tuning speakers
+    curves: {teachers|distilled|control: {epoch: [e, ...], frame_accuracy: [[one value per member], ...],
+                                          train_frame_accuracy: the same, optional}}   (None for a member that diverged)
+    temperature_sweep: {split, rows: [{temperature, frame_accuracy, wer?, errors?, words?}]}
+    soft_targets: [{form, bytes_per_frame, frame_accuracy}]     what the sparse store costs
+    errors: {split: {per_speaker: {speaker: {system: {errors, words, wer}}},
+                     words: {substitutions: [[spoken, recognised, count]], deletions: [[word, count]], insertions: [[word, count]]},
+                     phones: [{reference, predicted, frames, share}]}}                  words and phones: the student's
+    calibration: {split: {system: {ece, bins: [{confidence, accuracy, frames}], nll?, brier?}}}      per frame, nll in nats
+    cost_of_normalisation: {split: {speaker|map|utterance|corpus: {wer, errors, words}}}
+    exclusions: {split: {reason: count}}    utterances left out
+    environment: {key: value}               versions, processor, threads
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from asr_kd import __version__
+from asr_kd.figures import (
+    NAMES,
+    SYSTEMS,
+    calibration_figure,
+    confusions_figure,
+    curves_figure,
+    duration,
+    speakers_figure,
+    stages_figure,
+    sweep_figure,
+    systems_figure,
+)
+from asr_kd.page import Figure, Note, Page, Section, Table, Text, to_html, to_markdown
+from asr_kd.stage import write_text
+
+NONE = "\u2013"  # en dash
+Results = Mapping[str, Any]
+
+
+def write_report(output_folder: Path | str, results: Results) -> Path:
+    """Write `report.md` and `report.html` into `output_folder`; return the path of the latter.
+
+    Raises:
+        AsrKdError: the folder cannot be written to.
+    """
+    folder = Path(output_folder)
+    page = make_page(results)
+    write_text(folder / "report.md", to_markdown(page))
+    write_text(folder / "report.html", to_html(page))
+    return folder / "report.html"
+
+
+def make_page(results: Results) -> Page:
+    """Everything that the report says, before it becomes Markdown or HTML."""
+    splits = results.get("splits", {})
+    sections = [_split_section(split, rows) for split, rows in splits.items()]
+    sections += [_curves(results), _sweep(results), _errors(results), _calibration(results), _soft_targets(results), _normalisation(results),
+                 _exclusions(results), _stages(results), _settings(results)]
+    first = next(iter(splits), None)
+    return Page(title="Distilling an ensemble: results", kicker=_kicker(results, first),
+                headline=headline(first, splits[first]) if first else "No split was scored.", tiles=_tiles(splits[first]) if first else [],
+                sections=[section for section in sections if section.blocks],
+                footer=f"asr_kd {__version__}. The numbers are those of results.json beside this file; fractions there, per cent here.")
+
+
+def headline(split: str, rows: Mapping[str, Any]) -> str:
+    """One sentence: what of the ensemble's gain the student kept."""
+    if not {"baseline", "ensemble", "distilled"} <= rows.keys():
+        return f"Results on {split}: {', '.join(NAMES[system].lower() for system in SYSTEMS if system in rows)}."
+    gains = []
+    if rows["ensemble"]["frame_accuracy"] > rows["baseline"]["frame_accuracy"]:
+        gains.append(f"{_kept(rows, 'frame_accuracy')} of the ensemble's gain in frame accuracy")
+    decoded = all("wer" in rows[system] for system in ("baseline", "ensemble", "distilled"))
+    if decoded and rows["ensemble"]["wer"] < rows["baseline"]["wer"]:
+        whose = "its" if gains else "the ensemble's"
+        gains.append(f"{_kept(rows, 'wer')} of {whose} gain in word error rate")
+    sentence = f"One network keeps {' and '.join(gains)}" if gains else "The ensemble was no better than its members: there was no gain to keep"
+    return f"{sentence} on {split}."
+
+
+def _kept(rows: Mapping[str, Any], measure: str) -> str:
+    """The share from `gain_kept`, or from the rows where it is not given; only for a positive gain."""
+    gain = rows["ensemble"][measure] - rows["baseline"][measure]
+    share = rows.get("gain_kept", {}).get(measure)
+    share = (rows["distilled"][measure] - rows["baseline"][measure]) / gain if share is None else share
+    return f"none ({_percent(share, 0)} %)" if share <= 0 else f"{_percent(share, 0)} %"
+
+
+def _kicker(results: Results, first: str | None) -> str:
+    settings = results.get("settings", {})
+    teachers = settings.get("num_teachers") or len(results["splits"][first].get("members", [])) if first else 0
+    parts = [f"{teachers} teachers, one student" if teachers else "", f"T = {settings['temperature']:g}" if "temperature" in settings else "",
+             f"{settings['hidden_layers']} \u00d7 {settings['hidden_units']} units, {settings.get('num_states', NONE)} states"
+             if {"hidden_layers", "hidden_units"} <= settings.keys() else ""]
+    return " · ".join(part for part in parts if part)
+
+
+def _tiles(rows: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    baseline, ensemble, distilled = (rows.get(system, {}) for system in ("baseline", "ensemble", "distilled"))
+    tiles = []
+    if "frame_accuracy" in distilled and "frame_accuracy" in baseline:
+        tiles.append(("Frame accuracy, student", f"{_percent(distilled['frame_accuracy'], 2)} %",
+                      f"single {_percent(baseline['frame_accuracy'], 2)} · ensemble {_percent(ensemble.get('frame_accuracy'), 2)}"))
+    if "wer" in distilled:
+        tiles.append(("Word error rate, student", f"{_percent(distilled['wer'], 1)} %",
+                      f"single {_percent(baseline.get('wer'), 1)} · ensemble {_percent(ensemble.get('wer'), 1)}"))
+    kept = rows.get("gain_kept", {}).get("frame_accuracy")
+    if kept is not None:
+        tiles.append(("Gain kept, frame accuracy", f"{_percent(kept, 0)} %", "86 % in Hinton, Vinyals & Dean (2015)"))
+    if "probability_better" in distilled:
+        tiles.append(("P(student better than single)", f"{_percent(distilled['probability_better'], 0)} %", "by WER, paired bootstrap"))
+    return tiles
+
+
+def _split_section(split: str, rows: Mapping[str, Any]) -> Section:
+    header = ["System", "Frame accuracy, %", "WER, %", "95 % interval", "Errors / words", "Sub / del / ins", "RTF", "P(better)"]
+    present = [system for system in SYSTEMS if system in rows]
+    table = Table(header, [_system_cells(system, rows) for system in present], strong=present.index("distilled") if "distilled" in present else None)
+    blocks: list[Any] = [table]
+    members = rows.get("members", [])
+    if members:
+        decoded = sum("wer" in member for member in members)
+        blocks.append(Note("Single network: the mean over the ensemble's members scored alone, ± their standard deviation (frame accuracy over "
+                           f"{len(members)}, WER over {decoded}, their errors added). Members differ by their initial weights only: one of them would be "
+                           "no baseline."))
+    blocks.append(Note("Sub / del / ins: substituted, deleted and inserted words. RTF: real-time factor of the search; the networks' own time, which "
+                       "the ensemble needs for each of its members, comes on top. P(better): share "
+                       "of paired bootstrap replicates in which the system's WER is below that of the single networks. For comparison, the paper's table 1: "
+                       "frame accuracy 58.9, 61.1, 60.8 % and WER 10.9, 10.7, 10.7 % for single network, ensemble, student."))
+    blocks.append(Figure(systems_figure(rows), "Rings: the members one by one. Wide bars: 95 % intervals of the WER."))
+    if members:
+        blocks.append(Table(["Member", "Frame accuracy, %", "WER, %"],
+                            [[str(k + 1), _percent(row.get("frame_accuracy"), 2), _percent(row.get("wer"), 1)] for k, row in enumerate(members)],
+                            folded="Members one by one"))
+    return Section(f"Results on {split}", blocks)
+
+
+def _system_cells(system: str, rows: Mapping[str, Any]) -> list[str]:
+    row, members = rows[system], rows.get("members", []) if system == "baseline" else []
+    interval = row.get("wer_ci95")
+    edits = [str(row[kind]) for kind in ("substitutions", "deletions", "insertions") if kind in row]
+    return [_name(system, rows), _percent(row.get("frame_accuracy"), 2) + _spread(members, "frame_accuracy", 2),
+            _percent(row.get("wer"), 1) + _spread(members, "wer", 1), f"{_percent(interval[0], 1)} to {_percent(interval[1], 1)}" if interval else NONE,
+            f"{row['errors']} / {row['words']}" if "errors" in row else NONE, " / ".join(edits) or NONE,
+            _decimal(row.get("real_time_factor")), _decimal(row.get("probability_better"))]
+
+
+def _name(system: str, rows: Mapping[str, Any]) -> str:
+    members = len(rows.get("members", []))
+    return NAMES[system] + ({"baseline": ", mean", "ensemble": f" of {members}"}.get(system, "") if members else "")
+
+
+def _spread(members: list[Mapping[str, Any]], measure: str, digits: int) -> str:
+    values = [member[measure] for member in members if measure in member]
+    return f" ± {_percent(statistics.stdev(values), digits)}" if len(values) > 1 else ""
+
+
+def _curves(results: Results) -> Section:
+    curves = results.get("curves", {})
+    blocks = [Figure(curves_figure(curves), "Frame accuracy on held-out speakers (solid) and on the training data (dotted).")] if curves else []
+    return Section("Learning curves", blocks)
+
+
+def _sweep(results: Results) -> Section:
+    sweep = results.get("temperature_sweep")
+    if not sweep or not sweep["rows"]:
+        return Section("Temperature", [])
+    rows = [[f"{row['temperature']:g}", _percent(row.get("frame_accuracy"), 2), _percent(row.get("wer"), 1)] for row in sweep["rows"]]
+    references = results.get("splits", {}).get(sweep["split"], {})
+    return Section("Temperature", [Text(f"One student per temperature, all else equal; scored on {sweep['split']}."),
+                                   Figure(sweep_figure(sweep["rows"], references), "The same T for teachers and student, the loss multiplied by T²."),
+                                   Table(["Temperature", "Frame accuracy, %", "WER, %"], rows)])
+
+
+def _errors(results: Results) -> Section:
+    blocks: list[Any] = []
+    for split, errors in results.get("errors", {}).items():
+        if errors.get("per_speaker"):
+            blocks += [Text(f"{split}, by speaker", heading=True), Figure(speakers_figure(errors["per_speaker"]), "Each speaker's word error rate."),
+                       _speaker_table(errors["per_speaker"])]
+        if errors.get("words"):
+            blocks += [Text(f"{split}, words that the student confuses", heading=True), _word_table(errors["words"])]
+        if errors.get("phones"):
+            blocks += [Text(f"{split}, phones that the student confuses", heading=True),
+                       Figure(confusions_figure(errors["phones"]), "Frames whose best state belongs to another phone than the reference's, and their share "
+                              "of all frames of the reference phone.")]
+    return Section("Where the errors are", blocks)
+
+
+def _speaker_table(per_speaker: Mapping[str, Mapping[str, Any]]) -> Table:
+    present = [system for system in SYSTEMS if any(system in row for row in per_speaker.values())]
+    rows = [[speaker, *(_rate(row.get(system)) for system in present)] for speaker, row in per_speaker.items()]
+    return Table(["Speaker", *(f"{NAMES[system]}, WER %" for system in present)], rows, folded="Speakers one by one (errors / words)")
+
+
+def _rate(row: Mapping[str, Any] | None) -> str:
+    return NONE if row is None else f"{_percent(row['wer'], 1)} ({row['errors']} / {row['words']})"
+
+
+def _word_table(words: Mapping[str, Any], limit: int = 15) -> Table:
+    """Substitutions, deletions and insertions side by side, most frequent first."""
+    columns = [[f"{spoken} → {recognised} ({count})" for spoken, recognised, count in words.get("substitutions", [])],
+               *([f"{word} ({count})" for word, count in words.get(kind, [])] for kind in ("deletions", "insertions"))]
+    height = min(limit, max(len(column) for column in columns))
+    rows = [[column[r] if r < len(column) else "" for column in columns] for r in range(height)]
+    return Table(["Substituted (spoken → recognised, times)", "Deleted", "Inserted"], rows, text_columns=3)
+
+
+def _calibration(results: Results) -> Section:
+    blocks: list[Any] = []
+    for split, systems in results.get("calibration", {}).items():
+        rows = [[NAMES[system], _percent(systems[system]["ece"], 2), *(_decimal(systems[system].get(measure)) for measure in ("nll", "brier"))]
+                for system in SYSTEMS if system in systems]
+        blocks += [Text(split, heading=True),
+                   Figure(calibration_figure(systems), "Accuracy of frames by the confidence (highest posterior) of the network; on the "
+                          "diagonal confidence is deserved. Pale bars: how many frames there are."),
+                   Table(["System", "Expected calibration error, %", "Negative log-likelihood, nats", "Brier score"], rows)]
+    return Section("Calibration", blocks)
+
+
+def _soft_targets(results: Results) -> Section:
+    rows = [[row["form"], f"{row['bytes_per_frame']:.0f}", _percent(row.get("frame_accuracy"), 2)] for row in results.get("soft_targets", [])]
+    return Section("Storing the soft targets", [Table(["Form", "Bytes per frame", "Student's frame accuracy, %"], rows)] if rows else [])
+
+
+_MEANS = {"speaker": "Mean of the speaker, as in training", "map": "Mean of the utterance shrunk to the training mean (transcribe)",
+          "utterance": "Mean of the utterance", "corpus": "Mean of the training data"}
+
+
+def _normalisation(results: Results) -> Section:
+    rows = [[split, _MEANS.get(kind, kind), _rate(row)] for split, kinds in results.get("cost_of_normalisation", {}).items() for kind, row in kinds.items()]
+    text = Text("Training and scoring subtract each speaker's mean features. A file from a speaker never seen has no such mean; transcribe uses the mean of "
+                "the file, shrunk to that of the training data when the file is short. Student's WER:")
+    table = Table(["Split", "Mean that is subtracted", "WER, % (errors / words)"], rows, text_columns=2)
+    return Section("Cost of an unseen speaker", [text, table] if rows else [])
+
+
+def _exclusions(results: Results) -> Section:
+    rows = [[split, reason, str(count)] for split, reasons in results.get("exclusions", {}).items() for reason, count in reasons.items()]
+    return Section("Utterances left out", [Table(["Split", "Reason", "Utterances"], rows, text_columns=2)] if rows else [])
+
+
+def _stages(results: Results) -> Section:
+    stages = results.get("stages", {})
+    if not stages:
+        return Section("Time", [])
+    return Section("Time", [Text(f"{duration(sum(stages.values()))} in all."), Figure(stages_figure(stages), "Wall time of each stage."),
+                            Table(["Stage", "Seconds"], [[stage, f"{seconds:.1f}"] for stage, seconds in stages.items()], folded="Stages in seconds")])
+
+
+def _settings(results: Results) -> Section:
+    blocks: list[Any] = []
+    for key, name in (("decoding", "Decoding, chosen on the tuning speakers"), ("settings", "All settings"), ("environment", "Machine and versions")):
+        rows = [[str(item), str(value)] for item, value in results.get(key, {}).items()]
+        if rows:
+            blocks.append(Table(["Setting", "Value"], rows, folded=None if key == "decoding" else name, text_columns=2))
+    return Section("Settings", blocks)
+
+
+def _percent(fraction: float | None, digits: int) -> str:
+    return NONE if fraction is None else f"{100 * fraction:.{digits}f}"
+
+
+def _decimal(value: float | None) -> str:
+    return NONE if value is None else f"{value:.3f}"

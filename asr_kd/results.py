@@ -1,0 +1,171 @@
+"""From what the stages wrote to results.json and the report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import platform
+import statistics
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from asr_kd import __version__
+from asr_kd.corpus import Corpus
+from asr_kd.ensemble import Ensemble
+from asr_kd.features import Windows
+from asr_kd.frame_results import FrameResult, evaluate_frames
+from asr_kd.hmm.model import SIL, HmmModel
+from asr_kd.recognition import Decoded, Recogniser
+from asr_kd.report import write_report
+from asr_kd.score import WordErrors, gain_kept, per_speaker, pool, probability_better, score_split, system_row, top_confusions, word_confusions
+from asr_kd.settings import Settings
+from asr_kd.stage import Record, write_json
+from asr_kd.targets import Targets
+
+SINGLE_SYSTEMS = ("distilled", "control")
+
+
+@dataclass
+class Systems:
+    """The networks that are compared and what they recognised.
+
+    Attributes:
+        teachers: the ensemble.
+        single: "distilled" and "control" -> a network of one member.
+        decoded: system ("ensemble", "distilled", "control", "member_0", ...) -> split -> hypotheses.
+    """
+
+    teachers: Ensemble
+    single: dict[str, Ensemble]
+    decoded: dict[str, dict[str, Decoded]] = field(default_factory=dict)
+
+
+def make_results(settings: Settings, corpus: Corpus, targets: Targets, windows: Mapping[str, Windows], systems: Systems, recogniser: Recogniser,
+                 stages: Mapping[str, Record]) -> dict[str, Any]:
+    """Score everything; the keys are those that `asr_kd.report` documents."""
+    results: dict[str, Any] = {"splits": {}, "errors": {}, "calibration": {}}
+    for split, own in windows.items():
+        results["splits"][split], results["errors"][split], results["calibration"][split] = _score_split(split, own, corpus, targets, systems, settings.seed)
+    return results | {
+        "decoding": asdict(recogniser.decoding),
+        "curves": {name: _curves(settings.output / folder) for name, folder in (("teachers", "teachers"), ("distilled", "student"), ("control", "control"))},
+        "exclusions": _exclusions(settings, corpus),
+        "stages": {name: record.seconds for name, record in stages.items() if record.seconds},
+        "settings": asdict(settings),
+        "environment": _environment(settings),
+    }
+
+
+def _score_split(split: str, windows: Windows, corpus: Corpus, targets: Targets, systems: Systems,
+                 seed: int) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Rows of all systems, where the student's errors are, and calibration, on one split."""
+    references = _references(windows, corpus)
+    speakers = {utterance.utt_id: utterance.spk_id for utterance in corpus.splits[split]}
+    words = {system: score_split(references, decoded[split].words) for system, decoded in systems.decoded.items()}
+    phones = phone_of_state(targets.hmm)
+    members, ensemble = evaluate_frames(systems.teachers, windows, targets.stores[split], phones)
+    frames = {"ensemble": ensemble} | {name: evaluate_frames(network, windows, targets.stores[split], phones)[1] for name, network in systems.single.items()}
+    decoded_members = [name for name in words if name.startswith("member_")]
+    pooled = pool([words[name] for name in decoded_members])
+
+    rows: dict[str, Any] = {"baseline": _baseline(members, [words[name] for name in decoded_members], pooled, speakers, seed)}
+    rows["baseline"]["real_time_factor"] = statistics.mean(systems.decoded[name][split].real_time_factor for name in decoded_members)
+    for system, result in frames.items():
+        rows[system] = system_row(result.counts, words[system], speakers=speakers, seed=seed, real_time_factor=systems.decoded[system][split].real_time_factor)
+        rows[system]["probability_better"] = probability_better(words[system], pooled, speakers, seed)
+    rows["members"] = [system_row(result.counts, words.get(f"member_{k}"), speakers=speakers, seed=seed) for k, result in enumerate(members)]
+    rows["gain_kept"] = gain_kept(rows["baseline"], rows["ensemble"], rows["distilled"])
+
+    hypotheses = systems.decoded["distilled"][split].words
+    confusions = word_confusions(references, hypotheses)
+    by_speaker = {system: per_speaker(counts, speakers) for system, counts in {"baseline": pooled, **{name: words[name] for name in frames}}.items()}
+    errors = {
+        "per_speaker": {speaker: {system: _rate(own[speaker]) for system, own in by_speaker.items()} for speaker in by_speaker["baseline"]},
+        "words": {"substitutions": [[*pair, count] for pair, count in confusions.substitutions.most_common(20)],
+                  "deletions": confusions.deletions.most_common(15), "insertions": confusions.insertions.most_common(15)},
+        "phones": top_confusions(frames["distilled"].phone_confusions, ["-", *targets.hmm.phones], 20),
+    }
+    calibration = {system: result.quality.as_json() for system, result in {"baseline": members[0], **frames}.items() if result.quality}
+    return rows, errors, calibration
+
+
+def _references(windows: Windows, corpus: Corpus) -> dict[str, tuple[str, ...]]:
+    """Words of every utterance that has features."""
+    words = corpus.words
+    return {utt_id: words[utt_id] for utt_id in windows.utt_ids}
+
+
+def score_system(network: Ensemble, split: str, windows: Windows, corpus: Corpus, targets: Targets, hypotheses: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Frame accuracy and word errors of one network on one split."""
+    references = _references(windows, corpus)
+    _, frames = evaluate_frames(network, windows, targets.stores[split], phone_of_state(targets.hmm))
+    return {"frame_accuracy": frames.counts.accuracy, **_rate(sum(score_split(references, hypotheses).values(), WordErrors()))}
+
+
+def _baseline(members: Sequence[FrameResult], words: Sequence[Mapping[str, WordErrors]], pooled: Mapping[str, WordErrors], speakers: Mapping[str, str],
+              seed: int) -> dict[str, Any]:
+    """The mean over the members, each scored alone; all have the same frames and words, so pooled counts give the mean rate."""
+    row = system_row(sum((result.counts for result in members[1:]), members[0].counts), pooled, speakers=speakers, seed=seed)
+    accuracies = [result.counts.accuracy for result in members]
+    wers = [sum(own.values(), WordErrors()).wer for own in words]
+    row["frame_accuracy_std"] = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+    row["wer_std"] = statistics.stdev(wers) if len(wers) > 1 else 0.0
+    return row
+
+
+def phone_of_state(hmm: HmmModel) -> NDArray[np.int64]:
+    """(S,) phone id of each tied state; ids as in `HmmModel`."""
+    phones = np.full(hmm.num_states, SIL, np.int64)
+    for centre in range(1, len(hmm.phones) + 1):
+        phones[np.unique(hmm.state_table[:, centre])] = centre
+    return phones
+
+
+def _rate(counts: WordErrors) -> dict[str, Any]:
+    return {"errors": counts.errors, "words": counts.words, "wer": counts.wer}
+
+
+def _curves(folder: Path) -> dict[str, Any]:
+    """Accuracy over epochs as the report reads it."""
+    entries = [json.loads(line) for line in (folder / "curves.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {"epoch": [entry["epoch"] for entry in entries], "frame_accuracy": [entry["heldout_accuracy"] for entry in entries],
+            "train_frame_accuracy": [entry["train_accuracy"] for entry in entries]}
+
+
+def _exclusions(settings: Settings, corpus: Corpus) -> dict[str, dict[str, int]]:
+    """Utterances left out, by split and reason, from the lists that the stages wrote."""
+    counts: dict[str, Counter[str]] = {split: Counter() for split in corpus.splits}
+    for split in corpus.splits:
+        for path, cause in ((settings.output / "manifests" / f"{split}.excluded.csv", "not usable"),
+                            (settings.output / "features" / split / "exclusions.csv", "no features"),
+                            (settings.output / "targets" / split / "exclusions.csv", "not aligned")):
+            for reason in _reasons(path):
+                counts[split][f"{cause}: {reason.partition(':')[0] if cause == 'not aligned' else reason}"] += 1
+    return {split: dict(own) for split, own in counts.items() if own}
+
+
+def _reasons(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    with open(path, encoding="utf-8", newline="") as file:
+        return [row["reason"] for row in csv.DictReader(file)]
+
+
+def _environment(settings: Settings) -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if settings.device.startswith("cuda") else platform.processor() or platform.machine()
+    return {"asr_kd": __version__, "torch": torch.__version__, "python": platform.python_version(), "device": device,
+            "cpu capability": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+
+
+def write_results(output_folder: Path, results: dict[str, Any]) -> Path:
+    """Write results.json, report.md and report.html; returns the path of the page."""
+    write_json(output_folder / "results.json", results)
+    return write_report(output_folder, results)

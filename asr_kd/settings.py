@@ -1,0 +1,200 @@
+"""The settings of an experiment: one flat YAML file, every key of which the command line can override."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from hyperpyyaml.core import resolve_references
+
+from asr_kd.errors import AsrKdError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the result of a recipe; `recipes/LibriSpeech/README.md` describes the keys that people change.
+
+    Raises:
+        AsrKdError: a value of the wrong type or out of range.
+    """
+
+    output_folder: str
+    # corpus: a split is a folder name below data_folder (LibriSpeech layout) or the path of a CSV manifest
+    data_folder: str | None = None
+    train_splits: list[str] = field(default_factory=list)
+    tuning_speakers: list[str] = field(default_factory=list)
+    dev_splits: list[str] = field(default_factory=list)
+    test_splits: list[str] = field(default_factory=list)
+    synthetic_minutes: dict[str, float] | None = None
+    download: bool = False
+    # text
+    lexicon: list[str] = field(default_factory=list)
+    strip_stress: bool = False
+    unknown_words: str = "exclude"
+    lm: str | None = None
+    lm_text: str | None = None
+    lm_order: int = 3
+    # features
+    num_mels: int = 40
+    cmvn: str = "speaker"
+    left_context: int = 20
+    right_context: int = 5
+    speeds: list[float] = field(default_factory=lambda: [1.0])
+    # HMM-state targets
+    num_states: int = 1200
+    num_gaussians: int = 6000
+    mono_passes: int = 20
+    tri_passes: int = 12
+    speaker_adaptation: bool = True
+    network_realignments: int = 0
+    # networks
+    hidden_layers: int = 4
+    hidden_units: int = 512
+    dropout: float = 0.1
+    num_teachers: int = 10
+    teacher_epochs: float = 3
+    batch_frames: int = 512
+    learning_rate: float = 1e-3
+    # distillation
+    temperature: float = 2.0
+    sweep_temperatures: list[float] = field(default_factory=lambda: [1.0, 2.0, 5.0, 10.0])
+    hard_weight: float = 0.5
+    teacher_mean: str = "arithmetic"
+    soft_targets: str = "compact"
+    student_speeds: list[float] | None = None
+    student_hidden_layers: int | None = None
+    student_hidden_units: int | None = None
+    student_dropout: float | None = None
+    student_epochs: float = 6
+    # decoding
+    beam: float = 11.0
+    max_active: int = 3000
+    acoustic_scales: list[float] = field(default_factory=lambda: [0.08, 0.1, 0.12, 0.15, 0.18])
+    word_insertion_penalties: list[float] = field(default_factory=lambda: [-0.5, 0.0, 0.5, 1.0])
+    tuning_utterances: int = 120
+    decoded_members: int = 3
+    # machine
+    seed: int = 1
+    device: str = "cpu"
+    precision: str = "auto"
+    num_jobs: int = 2
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            _check_type(item.name, getattr(self, item.name), _TYPES[item.name])
+        if self.synthetic_minutes is None and (self.data_folder is None or not self.train_splits):
+            raise AsrKdError("settings: no corpus; give data_folder and train_splits (or synthetic_minutes for the synthetic corpus)")
+        positive = ("num_states", "hidden_layers", "hidden_units", "num_teachers", "teacher_epochs", "student_epochs", "batch_frames",
+                    "temperature", "learning_rate", "num_jobs", "beam", "num_gaussians", "mono_passes", "tri_passes")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise AsrKdError(f"settings: {name} is {getattr(self, name)}, expected a number above 0")
+        if self.student_speeds is not None and (not self.student_speeds or not set(self.student_speeds) <= {1.0, *self.speeds}):
+            raise AsrKdError(f"settings: student_speeds is {self.student_speeds}, expected some of speeds, {self.speeds}")
+        if self.hard_weight < 0:
+            raise AsrKdError(f"settings: hard_weight is {self.hard_weight}, expected 0 or more")
+        choices = {
+            "cmvn": ("speaker", "utterance", "corpus", "none"),
+            "precision": ("auto", "fp32", "bf16"),
+            "soft_targets": ("compact", "sparse", "dense", "on_the_fly"),
+            "teacher_mean": ("arithmetic", "geometric"),
+            "unknown_words": ("exclude", "g2p"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise AsrKdError(f"settings: {name} is {getattr(self, name)!r}, expected one of {', '.join(allowed)}")
+
+    @property
+    def output(self) -> Path:
+        return Path(self.output_folder)
+
+
+def load_settings(hparams: Path | str, overrides: Sequence[str] = ()) -> Settings:
+    """Read a settings file and apply command-line overrides in SpeechBrain's syntax (`--key value` or `--key=value`).
+
+    `!ref <key>` works as in HyperPyYAML; tags that make objects are refused, for a settings file must not run code.
+
+    Raises:
+        AsrKdError: no such file, not YAML, an unknown key, or a value of the wrong type.
+    """
+    try:
+        with open(hparams, encoding="utf-8") as file:
+            values = yaml.safe_load(resolve_references(file, _parse_overrides(overrides)))
+    except OSError as error:
+        raise AsrKdError(f"{hparams}: could not be read ({error.strerror}); give the path of a settings file") from error
+    except AsrKdError:
+        raise
+    except Exception as error:  # hyperpyyaml and its YAML readers raise a dozen unrelated types
+        raise AsrKdError(f"{hparams}: not a settings file ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise AsrKdError(f"{hparams}: {type(values).__name__}, expected `key: value` lines")
+    return make_settings(values)
+
+
+def make_settings(values: dict[str, Any]) -> Settings:
+    """Settings from a dictionary; an unknown key is an error that names the nearest known one."""
+    for key in values:
+        if key not in _TYPES:
+            near = difflib.get_close_matches(str(key), _TYPES, n=1)
+            raise AsrKdError(f"settings: unknown key {key!r}{f'; did you mean {near[0]!r}?' if near else ''}")
+    if "output_folder" not in values:
+        raise AsrKdError("settings: output_folder is missing; give --output_folder FOLDER")
+    return Settings(**{key: _accept(value, _TYPES[key]) for key, value in values.items()})
+
+
+def _parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    overrides: dict[str, Any] = {}
+    words = list(arguments)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise AsrKdError(f"argument {word!r}: expected --key value")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise AsrKdError(f"argument {word!r}: no value; expected --key value")
+            text = words.pop(0)
+        overrides[key] = yaml.safe_load(text)
+    return overrides
+
+
+def _accept(value: Any, kind: Any) -> Any:
+    """Take `3` for a float, `1e-3` (which YAML reads as text) for a float, one item for a list of it, and numbers for speaker ids."""
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    if typing.get_origin(kind) is list:
+        inner = typing.get_args(kind)[0]
+        items = value if isinstance(value, list) else [] if value is None else [value]
+        return [str(item) if inner is str else _accept(item, inner) for item in items]
+    if typing.get_origin(kind) is types.UnionType and value is not None:
+        return _accept(value, typing.get_args(kind)[0])
+    return value
+
+
+def _check_type(name: str, value: Any, kind: Any) -> None:
+    """Raise `AsrKdError` unless `value` is of type `kind`: plain, optional, a list or a dictionary."""
+    if typing.get_origin(kind) is types.UnionType:
+        if value is None:
+            return
+        kind = typing.get_args(kind)[0]
+    plain = typing.get_origin(kind) or kind
+    accepted: Any = (int, float) if plain is float else plain
+    if not isinstance(value, accepted) or (isinstance(value, bool) and plain is not bool):
+        raise AsrKdError(f"settings: {name} is {value!r}, expected {getattr(kind, '__name__', kind)}")
+    if plain is list:
+        items: list[Any] = value
+        for item in items:
+            _check_type(name, item, typing.get_args(kind)[0])
+
+
+_TYPES: dict[str, Any] = typing.get_type_hints(Settings)

@@ -1,0 +1,254 @@
+"""Soft targets: the teachers' mean tempered posteriors by frame, from a store (dense, compact or sparse) or computed on the fly.
+
+All forms have one interface, `targets.batch(frame_indices)`, in the frame numbering of the training data: the frames of an ordered
+list of utterances, one after the other. A store is joined with that list by utterance id, so neither shuffling nor another batch
+size, order or choice of utterances can pair a frame with another frame's targets.
+
+Forms of the store: "dense" is exact to float16, at 2 S bytes per frame. "compact" (128 bytes) has a small error at every temperature: the one to
+take. "sparse" (128 bytes) is unbiased, the fastest to read and never of size (B, S), but above T = 2 its noise outweighs that of the hard targets.
+
+Averaged posteriors cannot be re-tempered; what they were made with is written into the store and compared whenever it is opened.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from asr_kd import sparse_targets
+from asr_kd.compact_targets import TailDirections, check_compact_size, find_tail_directions
+from asr_kd.errors import AsrKdError
+from asr_kd.frames import FrameStore
+from asr_kd.losses import Mean, SparseTargets, average_teachers
+from asr_kd.precision import precision_context
+from asr_kd.progress import progress
+from asr_kd.resumable_frames import ResumableFrameWriter
+
+Form = Literal["dense", "compact", "sparse"]
+Encoder = Callable[[Tensor, Tensor], Tensor]  # posteriors (n, S), uniform numbers (n, 2) -> stored frames (n, width)
+
+DIRECTIONS = "directions.safetensors"
+SAMPLE_FRAMES = 8192  # frames that the compact form's directions are found from,
+SAMPLE_ELEMENTS = 2**25  # and at most so many probabilities
+LOGITS_AT_ONCE = 2**26  # teachers x frames x states in one forward pass: 256 MB in float32
+
+
+class WindowSource(Protocol):
+    """What is needed of `asr_kd.features.Windows`."""
+
+    def gather(self, frame_indices: Tensor) -> Tensor: ...
+
+
+class NumberedFrames(Protocol):
+    """What is needed of `asr_kd.frame_data.FrameData`; its hard targets are not, so frames without labels serve as well."""
+
+    @property
+    def windows(self) -> WindowSource: ...
+
+    @property
+    def utt_ids(self) -> Sequence[str]: ...
+
+    @property
+    def offsets(self) -> NDArray[np.int64]: ...
+
+
+class Teachers(Protocol):
+    """What is needed of `asr_kd.ensemble.Ensemble`: windows (N, input_dim) -> logits (K, N, S) without dropout."""
+
+    def __len__(self) -> int: ...
+
+    def __call__(self, inputs: Tensor, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class SoftTargetRecord:
+    """What soft targets were made with; targets made with anything else are refused.
+
+    Attributes:
+        temperature: T of softmax(logits / T).
+        mean: "arithmetic" or "geometric" mean over the teachers.
+        num_states: S.
+        teachers, features, states: fingerprints of the teachers' stage, the features' stages and the state inventory.
+    """
+
+    temperature: float
+    mean: Mean
+    num_states: int
+    teachers: str
+    features: str
+    states: str
+
+    def check(self, found: dict[str, object], folder: Path) -> None:
+        """Raise `AsrKdError` unless `found`, the record in `folder`, is this one."""
+        reasons = {"temperature": "averaged posteriors cannot be re-tempered", "teachers": "the teachers were trained again since",
+                   "features": "the features were computed again since", "states": "the state inventory is another one"}
+        for item in fields(self):
+            wanted, got = getattr(self, item.name), found.get(item.name)
+            if got != wanted:
+                reason = f" ({reasons[item.name]})" if item.name in reasons else ""
+                raise AsrKdError(f"{folder}: soft targets with {item.name} {got}, expected {wanted}{reason}; "
+                                 f"run the soft_targets stage again with {item.name} {wanted}, or give a folder that was made so")
+
+
+def extract(teachers: Teachers, frames: NumberedFrames, folder: Path | str, record: SoftTargetRecord, *, seed: int, device: torch.device,
+            form: Form = "compact", bytes_per_frame: int = 128, precision: str = "fp32") -> None:
+    """Write the soft targets of all `frames` to `folder`; an extraction that was cut off goes on after its last chunk.
+
+    Memory use does not depend on the number of frames. What is drawn for a frame of the sparse form depends on `seed` and the utterance alone.
+
+    Args:
+        form: "dense" is float16 (N, S), "compact" `asr_kd.compact_targets`, "sparse" `asr_kd.sparse_targets`.
+        bytes_per_frame: size of a compact or sparse record.
+        device: where the teachers are and records are computed.
+        precision: "fp32" or "bf16" of the teachers' matrix products.
+
+    Raises:
+        AsrKdError: teachers of another number of states, NaN in their output, an impossible size of record, or the disk is full.
+    """
+    _check_size(form, bytes_per_frame, record.num_states)
+    width, dtype = (record.num_states, "<f2") if form == "dense" else (bytes_per_frame // 2, "<i2")
+    attributes: dict[str, object] = {**asdict(record), "form": form, "seed": seed, "precision": precision}
+    writer = ResumableFrameWriter(folder, frames.utt_ids, frames.offsets, width, dtype, attributes)
+    progress_bar = progress(desc=f"soft targets, T = {record.temperature:g}", total=int(frames.offsets[-1]), unit="frames")
+    with precision_context(precision, device), torch.inference_mode(), progress_bar as bar:
+        encode = _encoder(teachers, frames, record, form, bytes_per_frame, writer, seed, device)
+        bar.update(writer.frames_done)
+        for start, end in writer.chunks_left():
+            uniforms = torch.from_numpy(_uniforms(seed, frames, start, end)).to(device)
+            block = np.empty((end - start, width), dtype)
+            for rows, posteriors in _teacher_posteriors(teachers, frames, torch.arange(start, end), record):
+                block[rows] = encode(posteriors, uniforms[rows]).cpu().numpy()
+            writer.append(block)
+            bar.update(end - start)
+    writer.finish()
+
+
+class SoftTargetStore:
+    """Soft targets that `extract` wrote, in the numbering of `utt_ids` and `offsets`.
+
+    Args:
+        frames: utterances and first frame numbers of the training data; all of them must be in the store, in any order.
+        expected: what the targets must have been made with.
+        device: where `batch` gives its tensors.
+
+    Attributes:
+        form: "dense", "compact" or "sparse".
+        bytes_per_frame: on disk.
+        num_frames: frames in the numbering.
+
+    Raises:
+        AsrKdError: unfinished or damaged store, targets made with something else, an utterance missing or of another length.
+    """
+
+    def __init__(self, folder: Path | str, frames: NumberedFrames, expected: SoftTargetRecord, device: torch.device) -> None:
+        store = FrameStore(folder)
+        expected.check(store.attributes, store.folder)
+        self.form: object = store.attributes["form"]
+        self.bytes_per_frame = store.frames.dtype.itemsize * store.frames.shape[1]
+        self.num_frames = int(frames.offsets[-1])
+        self._stored, self._device = store.frames, device
+        self._directions = TailDirections.load(store.folder / DIRECTIONS).to(device) if self.form == "compact" else None
+        self._offsets = np.asarray(frames.offsets, dtype=np.int64)
+        self._shift = _first_rows(store, frames.utt_ids, self._offsets) - self._offsets[:-1]  # (U,) from frame number to row of the store
+
+    def batch(self, frame_indices: Tensor) -> Tensor | SparseTargets:
+        """Targets of frames (B,): float32 probabilities (B, S), or sparse targets; every frame's sum to 1."""
+        numbers = frame_indices.cpu().numpy()
+        rows = numbers + self._shift[np.searchsorted(self._offsets, numbers, side="right") - 1]
+        stored = torch.from_numpy(self._stored[rows]).to(self._device)
+        if self._directions is not None:
+            return self._directions.decode(stored)
+        if self.form == "sparse":
+            return sparse_targets.decode(stored)
+        posteriors = stored.float()
+        return posteriors / posteriors.sum(1, keepdim=True)  # float16 rounds away up to 1e-3 of the mass
+
+
+class OnTheFlyTargets:
+    """The same interface without a store: the teachers run on every batch. No disk, but K forward passes in every epoch."""
+
+    def __init__(self, teachers: Teachers, frames: NumberedFrames, temperature: float, mean: Mean = "arithmetic") -> None:
+        self.num_frames = int(frames.offsets[-1])
+        self._teachers, self._windows, self._temperature, self._mean = teachers, frames.windows, temperature, mean
+
+    @torch.no_grad()
+    def batch(self, frame_indices: Tensor) -> Tensor:
+        """Targets of frames (B,): float32 probabilities (B, S)."""
+        return average_teachers(self._teachers(self._windows.gather(frame_indices)).float(), self._temperature, self._mean)
+
+
+def _first_rows(store: FrameStore, utt_ids: Sequence[str], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Row of each utterance's first frame in the store, (U,)."""
+    spans = np.array([store.span(utt_id) for utt_id in utt_ids], dtype=np.int64).reshape(-1, 2)
+    lengths = spans[:, 1] - spans[:, 0]
+    wrong = np.flatnonzero(lengths != np.diff(offsets))
+    if len(wrong):
+        u = wrong[0]
+        raise AsrKdError(f"{utt_ids[u]}: {lengths[u]} soft targets in {store.folder} for {np.diff(offsets)[u]} frames of features; "
+                         "run the soft_targets stage again")
+    return spans[:, 0]
+
+
+def _check_size(form: Form, bytes_per_frame: int, num_states: int) -> None:
+    if form == "compact":
+        check_compact_size(bytes_per_frame, num_states)
+    elif form == "sparse":
+        sparse_targets.check_record_size(bytes_per_frame, num_states)
+
+
+def _encoder(teachers: Teachers, frames: NumberedFrames, record: SoftTargetRecord, form: Form, bytes_per_frame: int, writer: ResumableFrameWriter,
+             seed: int, device: torch.device) -> Encoder:
+    """What turns posteriors into stored frames."""
+    if form == "dense":
+        return lambda posteriors, uniforms: posteriors.half()
+    if form == "sparse":
+        return lambda posteriors, uniforms: sparse_targets.encode(posteriors, uniforms, bytes_per_frame)
+    path = writer.folder / DIRECTIONS
+    if writer.frames_done:
+        directions = TailDirections.load(path)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        num_frames = min(SAMPLE_FRAMES, SAMPLE_ELEMENTS // record.num_states)
+        sample = torch.randint(int(frames.offsets[-1]), (num_frames,), generator=generator)
+        posteriors = torch.cat([part for _, part in _teacher_posteriors(teachers, frames, sample, record)])
+        directions = find_tail_directions(posteriors, bytes_per_frame, generator)
+        directions.save(path)
+    directions = directions.to(device)
+    return lambda posteriors, uniforms: directions.encode(posteriors)
+
+
+def _teacher_posteriors(teachers: Teachers, frames: NumberedFrames, frame_indices: Tensor, record: SoftTargetRecord) -> Iterator[tuple[slice, Tensor]]:
+    """Soft targets (n, S) of frames (N,) in passes of bounded size, each with its place among the N."""
+    step = max(1, LOGITS_AT_ONCE // (len(teachers) * record.num_states))
+    for start in range(0, len(frame_indices), step):
+        rows = slice(start, min(start + step, len(frame_indices)))
+        logits = teachers(frames.windows.gather(frame_indices[rows])).float()  # (K, n, S)
+        if logits.shape[2] != record.num_states:
+            raise AsrKdError(f"teachers of {logits.shape[2]} states, expected {record.num_states}; train the teachers again on these targets")
+        posteriors = average_teachers(logits, record.temperature, record.mean)
+        finite = posteriors.isfinite().all(1)
+        if not bool(finite.all()):
+            bad = int(frame_indices[rows][~finite.cpu()][0])
+            u = int(np.searchsorted(frames.offsets, bad, side="right")) - 1
+            raise AsrKdError(f"{frames.utt_ids[u]}: the teachers give NaN at frame {bad - frames.offsets[u]}; "
+                             "check this utterance's features, and the teachers' training log for divergence")
+        yield rows, posteriors
+
+
+def _uniforms(seed: int, frames: NumberedFrames, start: int, end: int) -> NDArray[np.float32]:
+    """Uniform numbers (n, 2) of frames start..end-1, which begin and end with an utterance."""
+    first, last = np.searchsorted(frames.offsets, [start, end])
+    lengths = np.diff(frames.offsets)
+    draws = []
+    for u in range(first, last):
+        digest = hashlib.sha256(f"{seed} {frames.utt_ids[u]}".encode()).digest()
+        draws.append(np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random((int(lengths[u]), 2), dtype=np.float32))
+    return np.concatenate(draws)

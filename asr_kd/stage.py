@@ -1,0 +1,207 @@
+"""Stages: folders that are either whole and recorded, or not there.
+
+A stage writes into its folder; `record.json`, written last, says what went in. A re-run skips a stage whose record
+still matches, redoes one whose record does not, and continues one that was cut off (`started.json` without `record.json`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from asr_kd import __version__
+from asr_kd.errors import AsrKdError
+
+RECORD = "record.json"
+STARTED = "started.json"
+
+
+@contextmanager
+def atomic_path(target: Path | str) -> Iterator[Path]:
+    """Give a path beside `target` to write to; on success it is flushed to disk and renamed to `target`, else removed.
+
+    Raises:
+        AsrKdError: the disk is full or the folder cannot be written to.
+    """
+    target = Path(target)
+    part = target.with_name(f".{target.name}.part-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield part
+        part.chmod(0o644)  # some writers make files that only their owner can read
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise AsrKdError(f"{target}: could not be written ({error.strerror or error}); free space or choose another output_folder") from error
+    finally:
+        with suppress(OSError):
+            part.unlink()
+
+
+def write_text(target: Path | str, text: str) -> None:
+    """Write `text` to `target` so that a reader sees the old file or the whole new one."""
+    with atomic_path(target) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(target: Path | str, value: Any) -> None:
+    """Write `value` as indented JSON, atomically."""
+    write_text(target, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
+
+
+def read_json(path: Path | str) -> Any:
+    """Read a JSON file; an unreadable or cut-off one is an `AsrKdError` that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AsrKdError(f"{path}: not readable as JSON ({error}); remove it and run the stage that writes it again") from error
+
+
+def fingerprint(value: Any) -> str:
+    """Sixteen hexadecimal digits that identify a JSON-able value (order of keys does not matter)."""
+    text = json.dumps(value, sort_keys=True, default=_plain)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_fingerprint(path: Path | str) -> str:
+    """Sixteen hexadecimal digits that identify a file's bytes.
+
+    Raises:
+        AsrKdError: the file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise AsrKdError(f"{path}: could not be read ({error.strerror}); check the path in the settings") from error
+    return digest.hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What went into a stage's folder, and what it holds."""
+
+    stage: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+    version: str
+    seconds: float
+    files: dict[str, int]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies this output: the same stage, settings and inputs give the same value."""
+        return fingerprint([self.stage, self.settings, self.inputs, self.version])
+
+
+def read_record(folder: Path | str) -> Record:
+    """The record of a finished stage folder.
+
+    Raises:
+        AsrKdError: the stage never finished, or a file it wrote is missing or of another size.
+    """
+    folder = Path(folder)
+    if not (folder / RECORD).is_file():
+        raise AsrKdError(f"{folder}: no finished output here (no {RECORD}); run the stage that writes it again")
+    try:
+        record = Record(**read_json(folder / RECORD))
+    except TypeError as error:
+        raise AsrKdError(f"{folder / RECORD}: not a stage's record ({error}); remove {folder} and run the stage again") from error
+    for name, size in record.files.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            raise AsrKdError(f"{path}: {'missing' if found is None else f'{found} bytes'}, expected {size} bytes; "
+                             f"remove {folder} and run the {record.stage} stage again")
+    return record
+
+
+def run_stage(stage: str, folder: Path | str, settings: Mapping[str, Any], inputs: Mapping[str, str], work: Callable[[Path], None]) -> Record:
+    """Run `work(folder)` unless `folder` already holds its result; return the record.
+
+    Args:
+        stage: name for messages and for the record.
+        folder: where `work` writes. What a cut-off run of the same settings and inputs left there is kept for `work` to continue from.
+        settings: everything that decides the result, JSON-able.
+        inputs: name -> fingerprint of each input.
+        work: writes the stage's files; must write anything it would continue from atomically.
+    """
+    folder = Path(folder)
+    wanted = {"stage": stage, "settings": json.loads(json.dumps(dict(settings), default=_plain)), "inputs": dict(inputs), "version": __version__}
+    earlier = _read_if_whole(folder / RECORD)
+    if earlier is not None and {key: earlier.get(key) for key in wanted} == wanted:
+        try:
+            return read_record(folder)
+        except AsrKdError:
+            pass  # a file was lost after the record was written: redo the stage
+    started = _read_if_whole(folder / STARTED)
+    spent = started.pop("seconds", 0.0) if started else 0.0
+    if started != wanted:
+        shutil.rmtree(folder, ignore_errors=True)
+        spent = 0.0
+    (folder / RECORD).unlink(missing_ok=True)
+    write_json(folder / STARTED, {**wanted, "seconds": spent})
+    start = time.monotonic()
+    try:
+        work(folder)
+    except BaseException:
+        if folder.is_dir():
+            _note_time(folder / STARTED, wanted, spent + time.monotonic() - start)
+        raise
+    for left in [*folder.rglob(".*.part-*")]:  # by a run that was killed
+        shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*"))
+             if path.is_file() and path.name not in (STARTED, RECORD)}
+    record = Record(**wanted, seconds=round(spent + time.monotonic() - start, 3), files=files)
+    write_json(folder / RECORD, record.__dict__)
+    (folder / STARTED).unlink(missing_ok=True)
+    return record
+
+
+def combined(stage: str, records: Mapping[str, Record]) -> Record:
+    """One record for several folders of a stage: their fingerprints as inputs, their seconds added."""
+    inputs = {name: record.fingerprint for name, record in records.items()}
+    return Record(stage, {}, inputs, __version__, round(sum(record.seconds for record in records.values()), 3), {})
+
+
+def _note_time(path: Path, wanted: dict[str, Any], seconds: float) -> None:
+    """Remember how long a cut-off stage ran; failing to do so must not hide why it was cut off."""
+    with suppress(AsrKdError):
+        write_json(path, {**wanted, "seconds": seconds})
+
+
+def _read_if_whole(path: Path) -> dict[str, Any] | None:
+    try:
+        value = read_json(path)
+    except AsrKdError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _plain(value: Any) -> Any:
+    """JSON form of what settings commonly hold: paths, numpy scalars, tuples."""
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is not JSON-able: {value!r}")

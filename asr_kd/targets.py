@@ -1,0 +1,181 @@
+"""The feature and alignment stages of an experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from asr_kd.corpus import Corpus, Text
+from asr_kd.ensemble import Ensemble
+from asr_kd.errors import AsrKdError
+from asr_kd.evaluation import log_posteriors
+from asr_kd.features import FbankOptions, Windows, extract_features
+from asr_kd.frames import FrameStore, FrameWriter
+from asr_kd.hmm.align import Aligner, align, align_with_network, state_priors
+from asr_kd.hmm.model import HmmModel
+from asr_kd.hmm.train import GmmHmmSettings, train_gmm_hmm
+from asr_kd.manifest import Utterance
+from asr_kd.settings import Settings
+from asr_kd.stage import Record, combined, fingerprint, run_stage
+
+Words = Mapping[str, Sequence[str]]
+AlignOne = Callable[[FrameStore, Words, Mapping[str, str], Path], object]
+"""Aligns a store's utterances, given words and speakers by utterance id, into a folder."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Log-mel features of every split.
+
+    Attributes:
+        stores: split -> store; speed-perturbed copies of a training split are "split-sp0.9".
+        origin: name of a store -> its split, and the prefix of utterance and speaker ids in it.
+        fingerprint: identifies all of them.
+        original_fingerprint: identifies those of the splits, without their perturbed copies.
+    """
+
+    stores: dict[str, FrameStore]
+    origin: dict[str, tuple[str, str]]
+    fingerprint: str
+    original_fingerprint: str
+
+    def windows(self, settings: Settings, utt_ids: Sequence[str]) -> Windows:
+        """Windows of utterances that may lie in several stores; those without features are listed beside the features and left out."""
+        wanted = set(utt_ids)
+        stores = [store for store in self.stores.values() if not wanted.isdisjoint(store.utt_ids)]
+        if not stores:
+            raise AsrKdError("none of the utterances asked for has features; see exclusions.csv beside the features")
+        found = [utt_id for utt_id in utt_ids if any(utt_id in store for store in stores)]
+        return Windows(stores, found, settings.left_context, settings.right_context, settings.device)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """HMM-state targets of every split by one alignment, and the inventory that they index.
+
+    Attributes:
+        stores: split -> (N,) state ids, as `Features.stores`.
+        hmm: with priors counted on the training utterances.
+        fingerprint: identifies all of them.
+    """
+
+    stores: dict[str, FrameStore]
+    hmm: HmmModel
+    fingerprint: str
+
+
+def prepare_features(settings: Settings, corpus: Corpus) -> tuple[Features, Record]:
+    """Log-mel features of every split, in `features/{split}`; the training splits also at other speeds."""
+    options = FbankOptions(num_mels=settings.num_mels)
+    records, origin = {}, {}
+    for split, utterances in corpus.splits.items():
+        for speed in [1.0] if split in corpus.evaluation else [1.0, *sorted(set(settings.speeds) - {1.0})]:
+            name, prefix = split if speed == 1.0 else f"{split}-sp{speed:g}", speed_prefix(speed)
+
+            def work(folder: Path, utterances: list[Utterance] = utterances, speed: float = speed) -> None:
+                extract_features(utterances, folder, options, settings.cmvn, settings.device, speed, settings.num_jobs)
+
+            choices = {**asdict(options), "cmvn": settings.cmvn, "speed": speed}
+            records[name] = run_stage("features", settings.output / "features" / name, choices, {"manifests": corpus.fingerprint}, work)
+            origin[name] = (split, prefix)
+    record, originals = combined("features", records), combined("features", {split: records[split] for split in corpus.splits})
+    stores = {name: FrameStore(settings.output / "features" / name) for name in records}
+    return Features(stores, origin, record.fingerprint, originals.fingerprint), record
+
+
+def speed_prefix(speed: float) -> str:
+    """What ids of utterances and speakers begin with in a copy at another speed, as in Kaldi."""
+    return "" if speed == 1.0 else f"sp{speed:g}-"
+
+
+def targets_folder(settings: Settings, number: int) -> Path:
+    """Where the alignment number `number` lies (0: by mixtures); the last one, which all systems share, is in `targets`."""
+    return settings.output / ("targets" if number == settings.network_realignments else f"targets_{number}")
+
+
+def prepare_targets(settings: Settings, corpus: Corpus, text: Text, features: Features) -> tuple[Targets, Record]:
+    """Train the mixture aligner on the training speakers and align every split with it."""
+    gmm = GmmHmmSettings(num_states=settings.num_states, num_gaussians=settings.num_gaussians, mono_passes=settings.mono_passes, tri_passes=settings.tri_passes,
+                         sat=settings.speaker_adaptation)
+    stores = [features.stores[split] for split in corpus.splits if split not in corpus.evaluation]
+    words = corpus.words
+    # words without pronunciation are listed by the text stage, unusable audio by the feature stage
+    pronounced = [utt_id for utt_id in corpus.train if all(word in text.lexicon for word in words[utt_id])]
+    usable = {utt_id: words[utt_id] for utt_id in pronounced if any(utt_id in store for store in stores)}
+
+    def work(folder: Path) -> None:
+        train_gmm_hmm(stores, usable, corpus.speakers, text.lexicon, gmm, folder=folder / "passes").save(folder / "aligner")
+
+    inputs = {"features": features.original_fingerprint, "text": text.fingerprint}
+    trained = run_stage("hmm", settings.output / "hmm", {**asdict(gmm), "train": fingerprint(sorted(usable))}, inputs, work)
+    aligner = Aligner.load(settings.output / "hmm" / "aligner")
+
+    def align_one(store: FrameStore, words: Words, speakers: Mapping[str, str], folder: Path) -> object:
+        return align(aligner, store, words, speakers, text.lexicon, folder)
+
+    root = targets_folder(settings, 0)
+    record = combined("align", {"hmm": trained, **_align_all("align", root, corpus, features, {"hmm": trained.fingerprint}, align_one)})
+    return _read_targets(root, corpus, features, aligner.hmm, record), record
+
+
+def realign(settings: Settings, corpus: Corpus, text: Text, features: Features, targets: Targets, network: Ensemble, network_fingerprint: str,
+            number: int) -> tuple[Targets, Record]:
+    """Align every split again by a network's posteriors over priors."""
+    hmm = targets.hmm
+
+    def align_one(store: FrameStore, words: Words, _: Mapping[str, str], folder: Path) -> object:
+        windows = Windows(store, None, settings.left_context, settings.right_context, settings.device)
+
+        def log_likelihoods(utt_id: str) -> NDArray[np.float32]:
+            return next(log_posteriors(network, windows, [utt_id]))[1] - hmm.log_priors
+
+        return align_with_network(hmm, log_likelihoods, store, words, text.lexicon, folder)
+
+    root = targets_folder(settings, number)
+    record = combined("realign", _align_all("realign", root, corpus, features, {"network": network_fingerprint}, align_one))
+    return _read_targets(root, corpus, features, hmm, record), record
+
+
+def _align_all(stage: str, root: Path, corpus: Corpus, features: Features, inputs: Mapping[str, str], align_one: AlignOne) -> dict[str, Record]:
+    """Align every split below `root`; copies at other speeds take the alignment of their original."""
+    records: dict[str, Record] = {}
+    for name, store in features.stores.items():
+        split, prefix = features.origin[name]
+
+        def work(folder: Path, split: str = split, prefix: str = prefix, store: FrameStore = store) -> None:
+            if prefix:
+                stretch_targets(FrameStore(root / split), store, prefix, folder)
+            else:
+                utterances = corpus.splits[split]
+                align_one(store, {u.utt_id: u.words for u in utterances}, {u.utt_id: u.spk_id for u in utterances}, folder)
+
+        own = {"features": features.fingerprint, "original": records[split].fingerprint} if prefix else {**inputs, "features": features.original_fingerprint}
+        records[name] = run_stage(stage, root / name, {}, own, work)
+    return records
+
+
+def stretch_targets(original: FrameStore, features: FrameStore, prefix: str, folder: Path) -> None:
+    """Write state ids for a copy of some utterances at another speed.
+
+    The copy at speed r says at time t what the original says at r t. Frame n is centred on n shift + window / 2, so it has the
+    state of the original's frame r (n + w) - w with w = window / (2 shift), rounded.
+    """
+    options, speed = features.attributes["options"], features.attributes["speed"]
+    assert isinstance(options, dict)
+    assert isinstance(speed, float)
+    half_window = options["window_ms"] / options["shift_ms"] / 2
+    with FrameWriter(folder, (), np.int32, original.attributes) as writer:
+        for utt_id in original:
+            if prefix + utt_id in features:
+                frames = np.arange(features.length(prefix + utt_id))
+                source = np.rint(speed * (frames + half_window) - half_window).astype(np.int64)
+                writer.append(prefix + utt_id, original[utt_id][source.clip(0, original.length(utt_id) - 1)])
+
+
+def _read_targets(root: Path, corpus: Corpus, features: Features, hmm: HmmModel, record: Record) -> Targets:
+    stores = {name: FrameStore(root / name) for name in features.stores}
+    return Targets(stores, state_priors(hmm, stores.values(), corpus.train), record.fingerprint)

@@ -1,0 +1,39 @@
+"""Write mean-normalised log-mel features of the utterances in a CSV manifest (or a LibriSpeech split).
+
+    python data_prep/features.py manifests/dev-clean-2.csv features/dev-clean-2
+
+The folder holds frames.npy (N, 40) float16, index.json and exclusions.csv; `asr_kd.frames.FrameStore` reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from asr_kd.cli import guarded
+from asr_kd.features import CMVN, FbankOptions, extract_features
+from asr_kd.frames import FrameStore
+from asr_kd.manifest import load_split
+
+
+def main(words: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("split", help="CSV manifest, or a folder name below --data_folder")
+    parser.add_argument("folder", type=Path, help="where to write")
+    parser.add_argument("--data_folder", type=Path, default=Path("."), help="folder that holds the splits; $data_root in a manifest")
+    parser.add_argument("--cmvn", choices=CMVN, default="speaker", help="what the mean is taken over (default: %(default)s)")
+    parser.add_argument("--num_mels", type=int, default=40, help="filters (default: %(default)s)")
+    parser.add_argument("--speed", type=float, default=1.0, help="0.9 or 1.1 for speed-perturbed copies (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="where filterbanks are computed (default: %(default)s)")
+    parser.add_argument("--num_jobs", type=int, default=2, help="threads that decode audio (default: %(default)s)")
+    arguments = parser.parse_args(words)
+    utterances, unusable = load_split(arguments.split, arguments.data_folder)
+    excluded = extract_features(utterances, arguments.folder, FbankOptions(num_mels=arguments.num_mels), arguments.cmvn, arguments.device,
+                                arguments.speed, arguments.num_jobs)
+    store = FrameStore(arguments.folder)
+    print(f"{arguments.folder}: {len(store)} utterances, {len(store.frames)} frames, {len(unusable) + len(excluded)} left out")
+
+
+if __name__ == "__main__":
+    raise SystemExit(guarded(main))

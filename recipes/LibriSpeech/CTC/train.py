@@ -1,0 +1,161 @@
+#!/usr/bin/env python3
+"""Character CTC on speech in the LibriSpeech layout; with `teachers`, an ensemble of such models is distilled into one.
+
+    python train.py hparams/train.yaml --data_folder D --output_folder O/teacher1 --seed 1
+    python train.py hparams/train.yaml --data_folder D --output_folder O/student --seed 4 --teachers "[O/teacher1, O/teacher2]"
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import speechbrain as sb
+import torch
+from hyperpyyaml import load_hyperpyyaml
+from safetensors.torch import load_file, save_file
+from speechbrain.decoders import ctc_greedy_decode
+from speechbrain.utils.distributed import run_on_main
+from torch import Tensor, nn
+
+from asr_kd.audio import read_audio
+from asr_kd.errors import AsrKdError
+from asr_kd.losses import average_teachers
+from asr_kd.manifest import Utterance, load_splits
+
+WEIGHTS = "model.safetensors"
+
+
+class CTC(sb.Brain):
+    """The usual CTC Brain; what distillation adds to it is marked."""
+
+    def compute_forward(self, batch: Any, stage: sb.Stage) -> tuple[Tensor, Tensor, Tensor]:
+        batch = batch.to(self.device)
+        waveforms, length = batch.sig  # (B, samples), (B,)
+        features = self.hparams.normalize(self.hparams.fbank(waveforms), length)  # (B, T, F)
+        log_probs = self.hparams.log_softmax(self.modules.model(features))  # (B, T / 4, C)
+        return features, log_probs, length
+
+    def compute_objectives(self, predictions: tuple[Tensor, Tensor, Tensor], batch: Any, stage: sb.Stage) -> Tensor:
+        features, log_probs, length = predictions
+        tokens, token_length = batch.tokens
+        loss = self.hparams.ctc_loss(log_probs, tokens, length, token_length)
+        if stage == sb.Stage.TRAIN and self.hparams.teachers:  # distillation
+            soft_targets = teacher_posteriors(self.hparams.teachers, features, self.hparams.temperature)
+            loss = self.hparams.ctc_weight * loss + self.hparams.distillation(log_probs, soft_targets, length=length)
+        if stage != sb.Stage.TRAIN:
+            self.score(log_probs, length, batch)
+        return loss
+
+    def score(self, log_probs: Tensor, length: Tensor, batch: Any) -> None:
+        hypotheses = ["".join(self.hparams.alphabet[i - 1] for i in ids) for ids in ctc_greedy_decode(log_probs, length, blank_id=0)]
+        self.characters.append(batch.id, [list(text) for text in hypotheses], [list(text) for text in batch.wrd])
+        self.words.append(batch.id, [text.split() for text in hypotheses], [text.split() for text in batch.wrd])
+
+    def on_stage_start(self, stage: sb.Stage, epoch: int | None = None) -> None:
+        if stage != sb.Stage.TRAIN:
+            self.characters, self.words = self.hparams.error_rate(), self.hparams.error_rate()
+
+    def on_stage_end(self, stage: sb.Stage, stage_loss: float, epoch: int | None = None) -> None:
+        if stage == sb.Stage.TRAIN:
+            self.train_stats = {"loss": stage_loss}
+            return
+        stats = {"loss": stage_loss, "CER": self.characters.summarize("error_rate"), "WER": self.words.summarize("error_rate")}
+        if stage == sb.Stage.VALID:
+            old_rate, new_rate = self.hparams.annealing(stats["loss"])
+            sb.nnet.schedulers.update_learning_rate(self.optimizer, new_rate)
+            self.hparams.train_logger.log_stats({"epoch": epoch, "lr": old_rate}, train_stats=self.train_stats, valid_stats=stats)
+            self.checkpointer.save_and_keep_only(meta={"CER": stats["CER"]}, min_keys=["CER"])
+        else:
+            self.hparams.train_logger.log_stats({"epoch": self.hparams.epoch_counter.current}, test_stats=stats)
+            with open(self.hparams.wer_file, "w", encoding="utf-8") as file:
+                self.words.write_stats(file)
+
+
+@torch.no_grad()
+def teacher_posteriors(teachers: Sequence[nn.Module], features: Tensor, temperature: float) -> Tensor:
+    """Soft targets (B, T / 4, C) of an ensemble for the very features that the student sees."""
+    return average_teachers((teacher(features) for teacher in teachers), temperature)
+
+
+def load_teachers(model: nn.Module, folders: Sequence[str], device: str) -> list[nn.Module]:
+    """Models of the same form as `model` with the weights that earlier runs left in `folders`."""
+    teachers = []
+    for folder in folders:
+        path = Path(folder) / WEIGHTS
+        if not path.is_file():
+            raise AsrKdError(f"teacher {folder}: no {WEIGHTS} in it; expected the output folder of a finished run; train the teacher first")
+        teacher = copy.deepcopy(model)
+        teacher.load_state_dict(load_file(path))
+        teachers.append(teacher.eval().requires_grad_(False).to(device))
+    return teachers
+
+
+def dataset(utterances: Sequence[Utterance], alphabet: str) -> sb.dataio.dataset.DynamicItemDataset:
+    """Utterances in order of length, with waveform and character ids (0 is the blank)."""
+
+    @sb.utils.data_pipeline.takes("wav")
+    @sb.utils.data_pipeline.provides("sig")
+    def audio_pipeline(wav: str) -> Tensor:
+        return torch.from_numpy(read_audio(wav))
+
+    @sb.utils.data_pipeline.takes("wrd")
+    @sb.utils.data_pipeline.provides("tokens")
+    def text_pipeline(wrd: str) -> Tensor:
+        return torch.tensor([alphabet.index(character) + 1 for character in wrd])
+
+    rows = {u.utt_id: {"duration": u.duration_s, "wav": str(u.wav), "wrd": " ".join(u.words)} for u in sorted(utterances, key=lambda u: u.duration_s)}
+    return sb.dataio.dataset.DynamicItemDataset(rows, [audio_pipeline, text_pipeline], ["id", "sig", "wrd", "tokens"])
+
+
+def training_hours(utterances: Sequence[Utterance], hours: float | None) -> list[Utterance]:
+    """A random choice of utterances of at most `hours` together, the same for every seed; all of them for None."""
+    if hours is None:
+        return list(utterances)
+    shuffled = sorted(utterances, key=lambda u: u.utt_id)
+    random.Random(0).shuffle(shuffled)
+    chosen, total_s = [], 0.0
+    for utterance in shuffled:
+        if total_s + utterance.duration_s <= 3600 * hours:
+            chosen.append(utterance)
+            total_s += utterance.duration_s
+    return chosen
+
+
+def load_data(hparams: dict[str, Any]) -> dict[str, sb.dataio.dataset.DynamicItemDataset]:
+    """train, valid (the tuning speakers, held out of train) and test."""
+    known, _ = load_splits(hparams["train_splits"], hparams["data_folder"])
+    tuning = {str(speaker) for speaker in hparams["tuning_speakers"]}
+    missing = tuning - {u.spk_id for u in known}
+    if missing:
+        raise AsrKdError(f"tuning_speakers {sorted(missing)} are not in {hparams['train_splits']}; name speakers of the training splits")
+    test, _ = load_splits(hparams["test_splits"], hparams["data_folder"])
+    train = training_hours([u for u in known if u.spk_id not in tuning], hparams["train_hours"])
+    splits = {"train": train, "valid": [u for u in known if u.spk_id in tuning], "test": test}
+    return {name: dataset(utterances, hparams["alphabet"]) for name, utterances in splits.items()}
+
+
+def main(arguments: Sequence[str]) -> None:
+    hparams_file, run_opts, overrides = sb.parse_arguments(arguments)
+    with open(hparams_file, encoding="utf-8") as file:
+        hparams = load_hyperpyyaml(file, overrides)
+    sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
+    data = load_data(hparams)
+    hparams["teachers"] = load_teachers(hparams["model"], hparams["teachers"], run_opts.get("device", "cpu"))  # distillation
+    brain = CTC(hparams["modules"], hparams["optimizer"], hparams, run_opts, hparams["checkpointer"])
+    brain.fit(hparams["epoch_counter"], data["train"], data["valid"], hparams["train_loader"], hparams["test_loader"])
+    brain.evaluate(data["test"], min_key="CER", test_loader_kwargs=hparams["test_loader"])
+    weights = hparams["model"].state_dict()
+    run_on_main(save_file, args=[weights, str(Path(hparams["output_folder"]) / WEIGHTS)])
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except AsrKdError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

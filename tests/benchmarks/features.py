@@ -1,0 +1,66 @@
+"""How fast features are: filterbanks beside torchaudio's, a whole split from audio to store, windows per second.
+
+    python -m tests.benchmarks.features SPLIT --data_folder DATA_FOLDER
+
+Times are of one thread's CPU clock, so that other work on the machine disturbs them less; prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torchaudio
+
+from asr_kd.audio import read_audio
+from asr_kd.features import BATCH_UTTERANCES, Windows, extract_features, fbank
+from asr_kd.frames import FrameStore
+from asr_kd.manifest import load_split
+
+
+def best_cpu_s(work: Callable[[], object], repeats: int = 5) -> float:
+    """Least CPU time of several runs, after one to warm up."""
+    work()
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        work()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("split")
+    parser.add_argument("--data_folder", type=Path, default=Path("."))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    utterances, _ = load_split(arguments.split, arguments.data_folder)
+    waveforms = [read_audio(utterance.wav) for utterance in utterances[:64]]
+    batches = [waveforms[start:start + BATCH_UTTERANCES] for start in range(0, len(waveforms), BATCH_UTTERANCES)]
+    ours_s = best_cpu_s(lambda: [fbank(batch) for batch in batches])
+    theirs_s = best_cpu_s(lambda: [torchaudio.compliance.kaldi.fbank(torch.from_numpy(waveform)[None], num_mel_bins=40) for waveform in waveforms])
+    figures: dict[str, float] = {"fbank_times_real_time": sum(map(len, waveforms)) / 16000 / ours_s, "faster_than_torchaudio": theirs_s / ours_s}
+    with tempfile.TemporaryDirectory() as folder:
+        wall, cpu = time.monotonic(), time.process_time()
+        extract_features(utterances, Path(folder), num_jobs=1)
+        figures |= {"split_hours": sum(u.duration_s for u in utterances) / 3600, "split_wall_s": time.monotonic() - wall,
+                    "split_cpu_s": time.process_time() - cpu}
+        store = FrameStore(folder)
+        for dtype in (torch.float16, torch.float32):
+            windows = Windows(store, dtype=dtype)
+            frame_indices = torch.randint(windows.num_frames, (16, 512), generator=torch.Generator().manual_seed(0))
+            gather_s = best_cpu_s(lambda windows=windows, frame_indices=frame_indices: [windows.gather(batch) for batch in frame_indices])
+            figures[f"windows_per_s_{dtype}"] = frame_indices.numel() / gather_s
+    figures["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(json.dumps({name: round(value, 2) for name, value in figures.items()}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""The command line: help everywhere, one line and exit code 2 for what the user can mend."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from asr_kd import __version__
+from asr_kd.cli import guarded, main, main_train
+
+
+def exit_code(arguments: list[str]) -> int | str | None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    return stop.value.code
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["train"], ["sweep"], ["transcribe"], ["report"]])
+def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code([*command, "--help"]) == 0
+    assert f"usage: asr-kd {' '.join(command)}".rstrip() in capsys.readouterr().out
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == f"asr-kd {__version__}"
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["train", "none.yaml"], "none.yaml: could not be read"),
+    (["transcribe", "nowhere", "a.wav"], "nowhere: no bundle.json here"),
+    (["report", "nowhere"], "nowhere/results.json: not readable as JSON"),
+    (["report", "nowhere", "--loud"], "unknown argument '--loud'"),
+    (["demo", "--seed"], "argument '--seed': no value"),
+])
+def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+                               monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert exit_code(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("asr-kd: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_debug_shows_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Exception, match=re.escape("none.yaml: could not be read")):
+        main(["train", "none.yaml", "--debug"])
+
+
+def test_recipe_script_and_train_are_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert guarded(main_train, [str(tmp_path / "none.yaml"), "--sweep"]) == 2
+    assert "none.yaml: could not be read" in capsys.readouterr().err

@@ -1,0 +1,101 @@
+"""K stacked models against K models of their own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from asr_kd.ensemble import Ensemble, keep_masks
+from asr_kd.errors import AsrKdError
+from asr_kd.model import AcousticModel, ModelShape
+
+SHAPE = ModelShape(input_dim=7, hidden_layers=3, hidden_units=16, num_states=5)
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@settings(max_examples=15, deadline=None)
+@given(members=st.integers(1, 4), rows=st.integers(1, 9), layers=st.integers(1, 3), units=st.integers(1, 17))
+def test_outputs_and_gradients_are_those_of_single_models(members: int, rows: int, layers: int, units: int) -> None:
+    shape = ModelShape(7, layers, units, 5)
+    ensemble, inputs = Ensemble(shape, range(members)), torch.randn(rows, 7)
+    targets = torch.randint(0, 5, (rows,))
+    logits = ensemble(inputs)
+    sum(torch.nn.functional.cross_entropy(member, targets) for member in logits).backward()  # type: ignore[union-attr]
+    for k in range(members):
+        single = AcousticModel(shape, seed=k)
+        single_logits = single(inputs)
+        torch.testing.assert_close(logits[k], single_logits)
+        torch.nn.functional.cross_entropy(single_logits, targets).backward()
+        for i, layer in enumerate(single.affine):
+            torch.testing.assert_close(ensemble.weights[i].grad[k].t(), layer.weight.grad)  # type: ignore[index]
+            torch.testing.assert_close(ensemble.biases[i].grad[k, 0], layer.bias.grad)  # type: ignore[index]
+
+
+def test_dropout_gradient_equals_that_of_plain_operations() -> None:
+    shape = ModelShape(7, 2, 16, 5, dropout=0.25)
+    ensemble, inputs = Ensemble(shape, [1, 2]), torch.randn(9, 7)
+    ensemble(inputs, generators(8, 9)).square().sum().backward()
+    found = [parameter.grad.clone() for parameter in ensemble.parameters()]  # type: ignore[union-attr]
+    ensemble.zero_grad()
+    hidden, masks = inputs.expand(2, -1, -1), generators(8, 9)
+    for weight, bias in zip(list(ensemble.weights)[:-1], list(ensemble.biases)[:-1], strict=True):
+        keep = keep_masks(masks, 9, 16, 0.25)
+        hidden = torch.where(keep, (hidden @ weight + bias).relu() / 0.75, 0.0)
+    (hidden @ ensemble.weights[-1] + ensemble.biases[-1]).square().sum().backward()
+    for parameter, gradient in zip(ensemble.parameters(), found, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad)
+
+
+@settings(max_examples=10, deadline=None)
+@given(rows=st.integers(1, 70), units=st.integers(1, 70), dropout=st.floats(0.05, 0.9))
+def test_masks_are_each_members_own(rows: int, units: int, dropout: float) -> None:
+    masks = keep_masks(generators(1, 2), rows, units, dropout)
+    alone = keep_masks(generators(2), rows, units, dropout)
+    assert masks is not None
+    assert alone is not None
+    assert masks.shape == (2, rows, units)
+    assert torch.equal(masks[1], alone[0])
+
+
+def test_masks_drop_the_share_they_are_asked_for() -> None:
+    masks = keep_masks(generators(1), 1000, 1000, 0.125)
+    assert masks is not None
+    assert 1 - float(masks.float().mean()) == pytest.approx(0.125, abs=5 * (0.125 * 0.875 / 1e6) ** 0.5)
+    by_octet = masks.view(-1, 8).float().mean(0)  # each byte of a draw is as random as the others
+    assert float((by_octet - 0.875).abs().max()) < 5 * (0.125 * 0.875 / 125_000) ** 0.5
+    assert keep_masks(generators(1), 10, 10, 0.0) is None
+
+
+def test_member_and_stack_are_inverse() -> None:
+    ensemble = Ensemble(SHAPE, [4, 5, 6])
+    ensemble.set_input_statistics(torch.ones(7), torch.full((7,), 2.0))
+    again = Ensemble.of([ensemble.member(k) for k in range(3)])
+    inputs = torch.randn(3, 7)
+    torch.testing.assert_close(again(inputs), ensemble(inputs))
+    torch.testing.assert_close(ensemble.member(1)(inputs), ensemble(inputs)[1])
+
+
+def test_models_of_different_shapes_are_not_stacked() -> None:
+    with pytest.raises(AsrKdError, match="member 1: shape"):
+        Ensemble.of([AcousticModel(SHAPE), AcousticModel(ModelShape(7, 3, 17, 5))])
+
+
+def test_no_members_is_an_error() -> None:
+    with pytest.raises(AsrKdError, match="num_teachers"):
+        Ensemble(SHAPE, [])
+
+
+def test_file_holds_all_of_an_ensemble(tmp_path: Path) -> None:
+    ensemble = Ensemble(SHAPE, [4, 5])
+    ensemble.input_mean.fill_(3.0)
+    ensemble.save(tmp_path / "teachers.safetensors")
+    loaded = Ensemble.load(tmp_path / "teachers.safetensors")
+    assert (loaded.shape, loaded.seeds) == (SHAPE, (4, 5))
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in ensemble.state_dict().items())
+    with pytest.raises(AsrKdError, match=r"tensor (weights|biases|layers)"):
+        AcousticModel.load(tmp_path / "teachers.safetensors")

@@ -1,0 +1,308 @@
+"""Training and alignment of made-up speech whose true times are known."""
+
+import itertools
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from asr_kd.errors import AsrKdError
+from asr_kd.frames import FrameStore, FrameWriter
+from asr_kd.hmm import train
+from asr_kd.hmm.align import Aligner, Segments, align, align_with_network, learn_transitions, state_priors
+from asr_kd.hmm.corpus import Graphs, chunks, viterbi_batches
+from asr_kd.hmm.features import joined
+from asr_kd.hmm.frontend import Frontend, add_deltas, dct_matrix, splice
+from asr_kd.hmm.model import EDGE, SIL, HmmModel, context_codes, untied_model
+from asr_kd.hmm.train import GmmHmmSettings, quiet_edges, schedule, train_gmm_hmm
+from asr_kd.lexicon import Lexicon
+from asr_kd.manifest import Exclusion
+
+LEXICON = Lexicon({"BAD": (("B", "A", "D"),), "CAB": (("K", "A", "B"),), "DOE": (("D", "O"),), "OAK": (("O", "K"),), "A": (("A",), ("O",))})
+SETTINGS = GmmHmmSettings(num_states=22, num_gaussians=60, mono_gaussians=40, mono_passes=8, tri_passes=3, realign_every=2, min_leaf_frames=40)
+
+Truth = dict[str, list[tuple[str, int, int]]]
+Words = dict[str, tuple[str, ...]]
+Made = tuple[FrameStore, Words, dict[str, str], Truth]
+
+
+def speak(folder: Path, number: int, seed: int, prefix: str = "utt") -> Made:
+    """Utterances of random words; every phone is a spectrum of its own plus noise, speakers differ by an offset."""
+    rng = np.random.default_rng(seed)
+    spectra = {phone: np.random.default_rng(i).normal(0, 2.5, 40) - 4 * (phone == "SIL") for i, phone in enumerate(["SIL", *LEXICON.phones])}
+    words: Words = {}
+    truth: Truth = {}
+    with FrameWriter(folder, (40,), np.float16) as writer:
+        for u in range(number):
+            utt_id = f"{prefix}{u:03d}"
+            words[utt_id] = tuple(rng.choice(list(LEXICON), 4).tolist())
+            times, phones = [], ["SIL"] * int(rng.integers(8, 16))
+            for word in words[utt_id]:
+                start = len(phones)
+                for phone in LEXICON[word][0]:
+                    phones += [phone] * int(rng.integers(5, 10))
+                times.append((word, start, len(phones)))
+                if rng.random() < 0.3:
+                    phones += ["SIL"] * int(rng.integers(6, 12))
+            phones += ["SIL"] * int(rng.integers(8, 16))
+            truth[utt_id] = times
+            offset = np.random.default_rng(u % 3).normal(0, 1, 40)
+            writer.append(utt_id, np.stack([spectra[phone] for phone in phones]) + offset + rng.normal(0, 1, (len(phones), 40)))
+    return FrameStore(folder), words, {utt_id: f"speaker{int(utt_id[-3:]) % 3}" for utt_id in words}, truth
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    return speak(tmp_path_factory.mktemp("made") / "features", 60, 0)
+
+
+@pytest.fixture(scope="module")
+def trained(made: Made, tmp_path_factory: pytest.TempPathFactory) -> tuple[Aligner, Path]:
+    folder = tmp_path_factory.mktemp("trained")
+    return train_gmm_hmm(*made[:3], LEXICON, SETTINGS, folder=folder), folder
+
+
+def same(a: Aligner, b: Aligner) -> bool:
+    pairs = [(a.independent, b.independent), (a.adapted, b.adapted)]
+    return all(torch.equal(x.mixtures.means, y.mixtures.means) and torch.equal(x.mixtures.weights, y.mixtures.weights)
+               and np.array_equal(x.hmm.state_table, y.hmm.state_table) and np.array_equal(x.hmm.log_advance, y.hmm.log_advance)
+               and (x.projection is None or torch.equal(x.projection, y.projection)) for x, y in pairs)
+
+
+def test_unseen_utterances_are_aligned_to_their_true_times(trained: tuple[Aligner, Path], tmp_path: Path) -> None:
+    aligner = trained[0]
+    store, words, speakers, truth = speak(tmp_path / "features", 12, 99, "new")
+    assert align(aligner, store, words, speakers, LEXICON, tmp_path / "out") == []
+    segments, targets = Segments(tmp_path / "out"), FrameStore(tmp_path / "out")
+    errors = []
+    for utt_id, times in truth.items():
+        found = segments.words(utt_id, words[utt_id])
+        assert [word for word, _, _ in found] == list(words[utt_id])
+        errors += [abs(got - true) for (_, *span), (_, *expected) in zip(found, times, strict=True) for got, true in zip(span, expected, strict=True)]
+        assert targets.length(utt_id) == store.length(utt_id)
+        phones = segments.phones(utt_id)
+        assert phones[0][1] == 0
+        assert phones[-1][2] == store.length(utt_id)
+        assert all(before[2] == after[1] for before, after in itertools.pairwise(phones))
+    # deltas and splicing blur a boundary by a few frames
+    assert np.mean(np.asarray(errors) <= 3) > 0.9
+    assert np.max(errors) <= 6
+
+
+def test_targets_are_states_of_the_phones_in_their_context(made: Made, trained: tuple[Aligner, Path],
+                                                           tmp_path: Path) -> None:
+    store, words, speakers, _ = made
+    one = {utt_id: words[utt_id] for utt_id in list(words)[:5]}
+    aligner = trained[0]
+    align(aligner, store, one, speakers, LEXICON, tmp_path)
+    hmm, targets, segments = aligner.hmm, FrameStore(tmp_path), Segments(tmp_path)
+    for utt_id in one:
+        phones = segments.phones(utt_id)
+        ids = [EDGE, *hmm.phone_ids(tuple(phone for phone, _, _ in phones)), EDGE]
+        for i, (_, start, end) in enumerate(phones):
+            states = targets[utt_id][start:end]
+            assert list(dict.fromkeys(states.tolist())) == hmm.state_ids(ids[i], ids[i + 1], ids[i + 2]).tolist()
+
+
+def test_training_that_was_cut_off_continues_to_the_same_result(made: Made, trained: tuple[Aligner, Path],
+                                                                tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes = []
+    run_pass = train._Trainer.run_pass
+
+    def cut(self: train._Trainer, step: train.Pass, state: train.TrainState) -> train.TrainState:
+        passes.append(step.name)
+        if len(passes) in (3, 10, 17):
+            raise KeyboardInterrupt
+        return run_pass(self, step, state)
+
+    monkeypatch.setattr(train._Trainer, "run_pass", cut)
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            train_gmm_hmm(*made[:3], LEXICON, SETTINGS, folder=tmp_path)
+    resumed = train_gmm_hmm(*made[:3], LEXICON, SETTINGS, folder=tmp_path)
+    assert len(passes) == len(schedule(SETTINGS)) + 3
+    assert same(resumed, trained[0])
+
+
+def test_damaged_checkpoint_or_other_settings_start_anew(made: Made, tmp_path: Path,
+                                                         caplog: pytest.LogCaptureFixture) -> None:
+    short = replace(SETTINGS, mono_passes=3, tri_passes=0, lda=False, sat=False)
+    caplog.set_level("INFO")
+    first = train_gmm_hmm(*made[:3], LEXICON, short, folder=tmp_path)
+    for path in tmp_path.glob("pass*/model/mixtures.safetensors"):
+        path.write_bytes(path.read_bytes()[:100])
+    again = train_gmm_hmm(*made[:3], LEXICON, short, folder=tmp_path)
+    assert torch.equal(first.independent.mixtures.means, again.independent.mixtures.means)
+    train_gmm_hmm(*made[:3], LEXICON, replace(short, mono_gaussians=30), folder=tmp_path)
+    assert "continuing" not in caplog.text
+    train_gmm_hmm(*made[:3], LEXICON, replace(short, mono_gaussians=30), folder=tmp_path)
+    assert "continuing after pass 3" in caplog.text
+
+
+def test_log_shows_rising_likelihood_per_frame(made: Made, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "asr_kd.hmm.train")
+    train_gmm_hmm(*made[:3], LEXICON, replace(SETTINGS, tri_passes=0, lda=False, sat=False))
+    values = [float(record.getMessage().split("per frame ")[1].split(",")[0]) for record in caplog.records if "per frame" in record.getMessage()]
+    assert len(values) == SETTINGS.mono_passes
+    assert values == sorted(values)
+
+
+def test_aligner_round_trip(trained: tuple[Aligner, Path], tmp_path: Path) -> None:
+    trained[0].save(tmp_path)
+    assert same(Aligner.load(tmp_path), trained[0])
+    (tmp_path / "adapted" / "hmm.safetensors").write_bytes(b"cut")
+    with pytest.raises(AsrKdError, match=r"hmm\.safetensors: not readable"):
+        Aligner.load(tmp_path)
+    shutil.rmtree(tmp_path / "independent")
+    with pytest.raises(AsrKdError, match="not readable"):
+        Aligner.load(tmp_path)
+
+
+def test_utterances_that_cannot_be_aligned_are_listed(made: Made, trained: tuple[Aligner, Path],
+                                                      tmp_path: Path) -> None:
+    store, words, speakers, _ = made
+    good, oov, long, empty, absent = list(words)[:5]
+    frames = store.length(long)
+    wanted = {good: words[good], oov: ("BAD", "ZEBRA"), long: ("CAB",) * frames, empty: (), f"{absent}-gone": words[absent]}
+    excluded = align(trained[0], store, wanted, speakers, LEXICON, tmp_path)
+    assert excluded == [Exclusion(oov, "word outside the lexicon: ZEBRA"), Exclusion(long, f"{frames} frames, shorter than its {9 * frames} states"),
+                        Exclusion(empty, "empty transcript"), Exclusion(f"{absent}-gone", "no features")]
+    assert list(FrameStore(tmp_path)) == [good]
+    lines = (tmp_path / "exclusions.csv").read_text().splitlines()
+    assert len(lines) == 5
+    assert lines[1].startswith(oov)
+
+
+def test_alignment_by_a_network_follows_its_scores(made: Made, trained: tuple[Aligner, Path],
+                                                   tmp_path: Path) -> None:
+    """Scores that are right about every frame give those states back; no finite path is an exclusion; a wrong shape is an error."""
+    store, words, speakers, _ = made
+    few = {utt_id: words[utt_id] for utt_id in list(words)[:4]}
+    hmm = trained[0].hmm
+    align(trained[0], store, few, speakers, LEXICON, tmp_path / "first")
+    targets = FrameStore(tmp_path / "first")
+    lost = list(few)[2]
+
+    def scores(utt_id: str) -> np.ndarray:
+        table = np.full((store.length(utt_id), hmm.num_states), -40.0)
+        table[np.arange(len(table)), targets[utt_id]] = 0.0
+        return np.full_like(table, -np.inf) if utt_id == lost else table
+
+    excluded = align_with_network(hmm, scores, store, few, LEXICON, tmp_path / "second")
+    assert [exclusion.utt_id for exclusion in excluded] == [lost]
+    again = FrameStore(tmp_path / "second")
+    assert all(np.array_equal(again[utt_id], targets[utt_id]) for utt_id in again)
+    with pytest.raises(AsrKdError, match=r"scores of shape .* score it with a network trained on these states"):
+        align_with_network(hmm, lambda utt_id: scores(utt_id)[:, 1:], store, few, LEXICON, tmp_path / "third")
+
+
+def test_two_stores_are_read_as_one_and_ids_must_differ(made: Made, trained: tuple[Aligner, Path],
+                                                        tmp_path: Path) -> None:
+    other, words, speakers, _ = speak(tmp_path / "features", 3, 5, "more")
+    both = {**{utt_id: made[1][utt_id] for utt_id in list(made[1])[:2]}, **words}
+    assert align(trained[0], [made[0], other], both, {**made[2], **speakers}, LEXICON, tmp_path / "out") == []
+    assert list(FrameStore(tmp_path / "out")) == list(both)
+    with pytest.raises(AsrKdError, match="must be unique"):
+        joined([made[0], made[0]])
+
+
+def test_nothing_to_train_on_is_an_error(made: Made) -> None:
+    store, words, speakers, _ = made
+    with pytest.raises(AsrKdError, match="no transcripts"):
+        train_gmm_hmm(store, {}, speakers, LEXICON, SETTINGS)
+    with pytest.raises(AsrKdError, match=r"no utterance of 1 can be aligned .*word outside the lexicon"):
+        train_gmm_hmm(store, {next(iter(words)): ("ZEBRA",)}, speakers, LEXICON, SETTINGS)
+
+
+def test_guided_alignment_equals_the_full_one(made: Made, trained: tuple[Aligner, Path],
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    store, words, speakers, _ = made
+    graphs = Graphs(words, LEXICON, trained[0].hmm.phones)
+    frontend = Frontend.of(joined(store), speakers, list(words))
+    full = trained[0].align(frontend, graphs, list(words))
+    monkeypatch.setattr("asr_kd.hmm.corpus.GUIDE_FRAMES", 6)
+    monkeypatch.setattr("asr_kd.hmm.corpus.GUIDED_BLOCK", 8)
+    guided = trained[0].align(frontend, graphs, list(words))
+    assert all(np.array_equal(full[u].codes, guided[u].codes) for u in words)  # type: ignore[union-attr]
+
+
+def test_transitions_are_counted_by_hand() -> None:
+    """Silence, A, silence; and A, A: three words, so one gap between words, without a silence in it."""
+    hmm = untied_model(("SIL", "A"))
+    sil, first, second = (context_codes(*triple, 2) for triple in ((EDGE, SIL, EDGE), (SIL, 2, SIL), (2, 2, EDGE)))
+    a = np.repeat(np.concatenate([sil, first, sil]), [2, 1, 1, 1, 3, 1, 1, 1, 2])
+    b = np.repeat(np.concatenate([first, second]), [1, 1, 1, 2, 1, 1])
+    learned = learn_transitions(hmm, [a, b], 3)
+    visits, frames = np.array([2, 2, 2, 3, 3, 3]), np.array([3, 2, 3, 4, 5, 3])
+    leave = (visits + 1) / (frames + 2)
+    assert np.allclose(np.exp(learned.log_advance), [0.1, 0.1, 0.1, *leave[3:]], atol=1e-6)  # silence lasts 30 frames or more on average
+    assert np.allclose(np.exp(learned.log_advance) + np.exp(learned.log_self_loop), 1)
+    assert learned.log_optional_silence == pytest.approx(np.log(1 / 3))  # (0 silences + 1) / (1 gap + 2)
+    assert np.allclose(np.exp(learned.log_priors), frames / frames.sum(), atol=1e-6)
+
+
+def test_state_priors_are_finite_and_from_counts(tmp_path: Path) -> None:
+    with FrameWriter(tmp_path, (), np.int32) as writer:
+        writer.append("u", np.array([0, 0, 0, 1], np.int32))
+    priors = state_priors(untied_model(("SIL", "A")), [FrameStore(tmp_path)], FrameStore(tmp_path)).log_priors
+    assert np.isfinite(priors).all()
+    assert priors[0] - priors[1] == pytest.approx(np.log(3))
+    assert np.exp(priors).sum() == pytest.approx(1)
+
+
+def test_hmm_model_checks_and_round_trip(tmp_path: Path) -> None:
+    hmm = untied_model(("SIL", "A", "B"))
+    hmm.save(tmp_path)
+    loaded = HmmModel.load(tmp_path)
+    assert loaded.phones == hmm.phones
+    assert loaded.num_states == 9
+    assert np.array_equal(loaded.state_ids([0, 1], [2, 3], [3, 0]), [[3, 4, 5], [6, 7, 8]])
+    with pytest.raises(AsrKdError, match=r"centre phone ids 0\.\.0, expected 1\.\.3"):
+        hmm.state_ids(1, 0, 1)
+    with pytest.raises(AsrKdError, match="phone Q"):
+        hmm.phone_ids(("A", "Q"))
+
+
+def test_frontend_equals_slow_formulas(made: Made) -> None:
+    store, words, speakers, _ = made
+    dct = dct_matrix(40).double().numpy()
+    assert np.allclose(dct.T @ dct, np.eye(13), atol=1e-6)
+    utt_id = next(iter(words))
+    own = [u for u in words if speakers[u] == speakers[utt_id]]
+    frontend = Frontend.of(joined(store), speakers, list(words))
+    raw = store[utt_id].astype(np.float64) @ dct
+    mean = np.concatenate([store[u].astype(np.float64) for u in own]).mean(0) @ dct
+    cepstra = frontend.cepstra(utt_id)
+    assert np.allclose(cepstra.numpy(), raw - mean, atol=2e-3)
+    deltas = add_deltas(cepstra)
+    at = [min(max(t, 0), len(cepstra) - 1) for t in range(-2, 3)]
+    assert torch.allclose(deltas[0, 13:26], sum(k * cepstra[at[k + 2]] for k in range(-2, 3)) / 10, atol=1e-4)
+    assert torch.equal(splice(cepstra)[5, :13], cepstra[1])
+    assert torch.equal(splice(cepstra)[0, :13], cepstra[0])
+    transform = torch.cat([2 * torch.eye(39), torch.ones(39, 1)], 1)
+    adapted = frontend.adapted({speakers[utt_id]: transform})
+    assert torch.allclose(adapted.frames(utt_id), 2 * deltas + 1, atol=1e-4)
+
+
+def test_quiet_edges_of_a_hand_made_utterance() -> None:
+    loudness = torch.full((100, 13), -5.0)
+    loudness[20:70] = 5.0
+    lead, tail = quiet_edges(loudness)
+    assert abs(lead - (20 - train.QUIET_MARGIN)) <= 2
+    assert abs(tail - (30 - train.QUIET_MARGIN)) <= 2
+    assert quiet_edges(torch.zeros(30, 13)) == (0, 0)
+
+
+def test_batches_and_chunks_hold_every_utterance_once(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, words, _, _ = made
+    features = joined(store)
+    monkeypatch.setattr("asr_kd.hmm.corpus.MAX_BATCH_CELLS", 100_000)
+    batches = viterbi_batches(words, Graphs(words, LEXICON, ("SIL", *LEXICON.phones)), features)
+    assert sorted(utt_id for batch in batches for utt_id in batch) == sorted(words)
+    assert len(batches) > 1
+    parts = list(chunks(words, features, 400))
+    assert [utt_id for part in parts for utt_id in part] == list(words)
+    assert all(len(part) == 1 or sum(map(features.length, part)) <= 400 for part in parts)

@@ -1,0 +1,198 @@
+"""The whole recipe on a tiny synthetic corpus: every number of results.json, restarts after kill -9, refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from asr_kd.bundle import load_bundle, transcribe
+from asr_kd.decode import read_trn
+from asr_kd.ensemble import Ensemble
+from asr_kd.frames import FrameStore
+from asr_kd.hmm.model import HmmModel
+from asr_kd.manifest import read_manifest
+from asr_kd.score import WordErrors, score_split
+from asr_kd.stage import read_json
+
+pytest.importorskip("espeakng_loader", reason="the synthetic corpus needs espeak-ng: pip install -e '.[demo]'")
+
+ROOT = Path(__file__).parents[1]
+TRAIN = ROOT / "recipes" / "LibriSpeech" / "train.py"
+DEMO = ROOT / "recipes" / "LibriSpeech" / "hparams" / "demo.yaml"
+TINY = {
+    "synthetic_minutes": "{train: 3, dev: 0.4, test: 0.4}", "dev_splits": "[dev]", "num_states": "150", "num_gaussians": "300", "mono_passes": "6",
+    "tri_passes": "2", "speaker_adaptation": "false", "network_realignments": "1", "speeds": "[0.9, 1.0]", "lm_order": "2", "beam": "9",
+    "num_teachers": "3", "hidden_layers": "2", "hidden_units": "96", "teacher_epochs": "2", "student_epochs": "3", "batch_frames": "256",
+    "acoustic_scales": "[0.1, 0.2]", "word_insertion_penalties": "[0.0]", "tuning_utterances": "8", "decoded_members": "2", "precision": "fp32",
+    "num_jobs": "1",
+}  # fmt: skip
+
+
+def command(output: Path, *more: str) -> list[str]:
+    settings = [word for key, value in TINY.items() for word in (f"--{key}", value)]
+    return [sys.executable, str(TRAIN), str(DEMO), "--output_folder", str(output), *settings, *more]
+
+
+def run(output: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(output, *more), capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("recipe") / "out"
+    done = run(output)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert str(output / "report.html") in done.stdout
+    return output
+
+
+def test_results_hold_what_the_contract_says(finished: Path) -> None:
+    results = read_json(finished / "results.json")
+    assert list(results["splits"]) == ["dev", "test"]
+    for systems in results["splits"].values():
+        for name in ("baseline", "ensemble", "distilled", "control"):
+            row = systems[name]
+            assert row["wer"] == pytest.approx(row["errors"] / row["words"])
+            assert row["wer_ci95"][0] <= row["wer"] <= row["wer_ci95"][1]
+            assert row["real_time_factor"] > 0
+        members = [member["frame_accuracy"] for member in systems["members"]]
+        assert len(members) == 3
+        assert systems["baseline"]["frame_accuracy"] == pytest.approx(np.mean(members))
+        assert systems["ensemble"]["frame_accuracy"] > systems["baseline"]["frame_accuracy"] > 0.1
+        kept = (systems["distilled"]["frame_accuracy"] - systems["baseline"]["frame_accuracy"]) / (
+            systems["ensemble"]["frame_accuracy"] - systems["baseline"]["frame_accuracy"])
+        assert systems["gain_kept"]["frame_accuracy"] == pytest.approx(kept)
+    assert {"align", "teachers", "student", "control", "graph"} <= results["stages"].keys()
+    assert results["settings"]["temperature"] == 2.0
+
+
+def test_wer_is_that_of_the_trn_files(finished: Path) -> None:
+    references = {utterance.utt_id: utterance.words for utterance in read_manifest(finished / "manifests" / "test.csv")}
+    results = read_json(finished / "results.json")["splits"]["test"]
+    for system in ("ensemble", "distilled", "control"):
+        total = sum(score_split(references, read_trn(finished / "decode" / system / "test.trn")).values(), WordErrors())
+        assert (total.errors, total.words) == (results[system]["errors"], results[system]["words"])
+
+
+def test_frame_accuracy_by_the_slow_way(finished: Path) -> None:
+    """Windows by clamped indices, plain loops, no class of the pipeline but the stores."""
+    targets, features = (FrameStore(finished / folder / "test") for folder in ("targets", "features"))
+    teachers = Ensemble.load(finished / "teachers" / "networks.safetensors")
+    correct = frames = 0
+    import torch
+
+    for utt_id in targets:
+        log_mel = np.asarray(features[utt_id], np.float32)
+        windows = np.stack([np.concatenate([log_mel[min(max(t + k, 0), len(log_mel) - 1)] for k in range(-20, 6)]) for t in range(len(log_mel))])
+        with torch.no_grad():
+            posteriors = sum(teachers.member(k).eval()(torch.from_numpy(windows)).softmax(-1) for k in range(3))
+        correct += int((posteriors.argmax(-1).numpy() == targets[utt_id]).sum())
+        frames += len(log_mel)
+    assert read_json(finished / "results.json")["splits"]["test"]["ensemble"]["frame_accuracy"] == pytest.approx(correct / frames, abs=2e-4)
+
+
+def test_tuning_speakers_are_in_no_training(finished: Path) -> None:
+    chosen = set(read_json(finished / "tuning" / "tuning.json")["utterances"])
+    speakers = {utterance.utt_id: utterance.spk_id for utterance in read_manifest(finished / "manifests" / "train.csv")}
+    held_out = {speakers[utt_id] for utt_id in chosen}
+    soft = FrameStore(finished / "soft_targets")
+    assert held_out
+    assert not held_out & {speakers[utt_id.removeprefix("sp0.9-")] for utt_id in soft}
+
+
+def test_priors_are_those_of_the_training_targets(finished: Path) -> None:
+    soft, targets = FrameStore(finished / "soft_targets"), FrameStore(finished / "targets" / "train")
+    hmm = HmmModel.load(finished / "student" / "bundle")
+    counts = sum(np.bincount(targets[utt_id], minlength=hmm.num_states) for utt_id in soft if not utt_id.startswith("sp"))
+    np.testing.assert_array_equal(hmm.log_priors, hmm.with_counts(counts).log_priors)
+    often = counts > 50
+    np.testing.assert_allclose(np.exp(hmm.log_priors[often]), counts[often] / counts.sum(), rtol=0.05)
+
+
+def test_bundle_transcribes_a_file(finished: Path) -> None:
+    bundle = load_bundle(finished / "student" / "bundle")
+    utterances = read_manifest(finished / "manifests" / "test.csv")[:6]
+    words = {utterance.utt_id: transcribe(bundle, utterance.wav) for utterance in utterances}
+    references = {utterance.utt_id: utterance.words for utterance in utterances}
+    total = sum(score_split(references, words).values(), WordErrors())
+    decoded = {utt_id: words for utt_id, words in read_trn(finished / "decode" / "distilled" / "test.trn").items() if utt_id in references}
+    assert total.wer == pytest.approx(sum(score_split(references, decoded).values(), WordErrors()).wer, abs=0.3)
+
+
+def test_a_second_run_does_nothing_again(finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("record.json")}
+    again = run(finished)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("record.json")} == before
+
+
+def test_kill_in_every_stage_loses_nothing(finished: Path, tmp_path: Path) -> None:
+    """kill -9 soon after each stage began; the same command ends with the same results."""
+    output = tmp_path / "out"
+    killed: set[str] = set()
+    log = tmp_path / "log"
+    for _ in range(60):
+        with open(log, "w") as errors:
+            process = subprocess.Popen(command(output), stdout=subprocess.DEVNULL, stderr=errors)
+        while process.poll() is None:
+            begun = {str(path.parent.relative_to(output)) for path in output.rglob("started.json")} - killed
+            if begun:
+                time.sleep(0.3)
+                process.kill()
+                killed |= begun
+                break
+            time.sleep(0.02)
+        if process.wait() >= 0:
+            break
+    assert process.returncode == 0, log.read_text()[-3000:]
+    assert len(killed) >= 12, sorted(killed)
+    one, other = (read_json(folder / "results.json") for folder in (finished, output))
+    assert without_times(other["splits"]) == without_times(one["splits"])
+
+
+def without_times(splits: dict[str, object]) -> object:
+    return json.loads(json.dumps(splits), object_hook=lambda row: {key: value for key, value in row.items() if key != "real_time_factor"})
+
+
+@pytest.mark.parametrize(("more", "words"), [
+    (["--temperatur", "3"], "did you mean 'temperature'"),
+    (["--num_states", "0"], "num_states is 0"),
+    (["--tuning_speakers", "[nobody]"], "tuning_speakers: nobody"),
+    (["--device", "cuda:99"], "device"),
+])
+def test_wrong_settings_are_one_line_and_exit_code_2(finished: Path, more: list[str], words: str) -> None:
+    done = run(finished, *more)
+    assert done.returncode == 2, done.stderr[-2000:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("asr-kd: ")
+    assert words in last
+    assert "Traceback" not in done.stderr
+
+
+def test_a_damaged_store_is_made_again(finished: Path) -> None:
+    """A file that was cut off after its stage ended is noticed, and the stage is done again."""
+    frames = finished / "features" / "dev" / "frames.npy"
+    whole = frames.read_bytes()
+    frames.write_bytes(whole[: len(whole) // 2])
+    done = run(finished)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert frames.read_bytes() == whole
+
+
+def test_temperature_sweep(finished: Path) -> None:
+    """A student per temperature; the one at the recipe's own temperature is the distilled student."""
+    done = run(finished, "--sweep", "--sweep_temperatures", "[2, 5]")
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = read_json(finished / "results.json")
+    rows = results["temperature_sweep"]["rows"]
+    assert [row["temperature"] for row in rows] == [2.0, 5.0]
+    distilled = results["splits"]["dev"]["distilled"]
+    assert (rows[0]["frame_accuracy"], rows[0]["errors"]) == (distilled["frame_accuracy"], distilled["errors"])
+    assert rows[1]["frame_accuracy"] != rows[0]["frame_accuracy"]
+    assert "Temperature" in (finished / "report.md").read_text()

@@ -1,0 +1,147 @@
+import copy
+import doctest
+import html
+import re
+
+import pytest
+
+from asr_kd import figures
+from asr_kd.errors import AsrKdError
+from asr_kd.report import NONE, headline, make_page, write_report
+
+
+def system(frame_accuracy, errors, words=2000, **more):
+    wer = errors / words
+    return {"frame_accuracy": frame_accuracy, "wer": wer, "wer_ci95": [wer - 0.011, wer + 0.012], "errors": errors, "words": words,
+            "substitutions": errors - 60, "deletions": 23, "insertions": 37, "real_time_factor": 0.0713, **more}
+
+
+@pytest.fixture(scope="module")
+def complete():
+    members = [{"frame_accuracy": 0.4551, "wer": 0.251}, {"frame_accuracy": 0.4563, "wer": 0.259}, {"frame_accuracy": 0.4557}]
+    bins = [{"confidence": 0.3, "accuracy": 0.25, "frames": 10}, {"confidence": 0.9, "accuracy": 0.92, "frames": 30}]
+    rates = {name: {"errors": errors, "words": 1000, "wer": errors / 1000} for name, errors in (("baseline", 251), ("ensemble", 240), ("distilled", 246))}
+    return {
+        "splits": {"dev-mini": {"baseline": system(0.4557, 1020, 4000), "ensemble": system(0.4761, 482, probability_better=0.993),
+                                "distilled": system(0.4737, 487, probability_better=0.971), "control": system(0.4581, 511, probability_better=0.44),
+                                "members": members, "gain_kept": {"frame_accuracy": 0.88, "wer": 0.82}}},
+        "stages": {"features": 53.24, "teachers": 1013.0}, "settings": {"num_teachers": 3, "temperature": 2.0, "lexicon": ["a<b>.txt"]},
+        "decoding": {"acoustic_scale": 0.12},
+        "curves": {"teachers": {"epoch": [1, 2], "frame_accuracy": [[0.41, 0.42], [0.44, None]], "train_frame_accuracy": [[0.5, 0.5], [0.6, 0.6]]},
+                   "distilled": {"epoch": [1, 2], "frame_accuracy": [[None], [0.47]]}},
+        "temperature_sweep": {"split": "dev-mini", "rows": [{"temperature": 1.0, "frame_accuracy": 0.47, "wer": 0.25},
+                                                           {"temperature": 2.0, "frame_accuracy": 0.4737}]},
+        "soft_targets": [{"form": "dense float16", "bytes_per_frame": 2400, "frame_accuracy": 0.4739}],
+        "errors": {"dev-mini": {"per_speaker": {"1272": rates, "84": rates}, "phones": [{"reference": "a$1", "predicted": "b$2", "frames": 31, "share": 0.11}],
+                                "words": {"substitutions": [["AND", "IN", 31]], "deletions": [["A", 30]], "insertions": []}}},
+        "calibration": {"dev-mini": {"ensemble": {"ece": 0.031, "bins": bins, "nll": 2.0345, "brier": 0.7}, "distilled": {"ece": 0.02, "bins": bins}}},
+        "cost_of_normalisation": {"dev-mini": {"speaker": rates["distilled"], "map": rates["baseline"]}},
+        "exclusions": {"train-mini": {"word outside the lexicon": 3}}, "environment": {"torch": "2.11.0"}}
+
+
+@pytest.fixture
+def results(complete):
+    return copy.deepcopy(complete)
+
+
+@pytest.fixture(scope="module")
+def folder(complete, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    write_report(folder, complete)
+    return folder
+
+
+def test_html_refers_to_nothing_outside_itself(folder):
+    page = (folder / "report.html").read_text()
+    assert not re.search(r"https?:|//[a-z]|<script|<link|<iframe|@import|src=", page)
+    assert set(re.findall(r"url\(([^)]*)\)", page)) <= {f"#{name}" for name in re.findall(r'id="([^"]+)"', page)}
+    assert len(re.findall(r"<svg", page)) == 7
+    assert "a$1 → b$2" in page  # as named, not as a formula
+    ids = re.findall(r'id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def table_of(page, name):
+    """The first table below a heading, as {first cell: other cells}."""
+    body = re.search(rf"<h2>{name}</h2>.*?<tbody>(.*?)</tbody>", page, re.DOTALL).group(1)
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in body.split("</tr>") if "<td" in row]
+    return {html.unescape(row[0]): [html.unescape(cell) for cell in row[1:]] for row in rows}
+
+
+def test_every_number_of_the_table_is_that_of_results_json(folder, results):
+    page = (folder / "report.html").read_text()
+    shown = table_of(page, "Results on dev-mini")
+    assert shown.pop("Single network, mean") == ["45.57 ± 0.06", "25.5 ± 0.6", "24.4 to 26.7", "1020 / 4000", "960 / 23 / 37", "0.071", NONE]
+    names = {"Ensemble of 3": "ensemble", "Distilled student": "distilled", "Control (hard targets)": "control"}
+    assert shown.keys() == names.keys()
+    for name, cells in shown.items():
+        row = results["splits"]["dev-mini"][names[name]]
+        accuracy, wer, interval, errors, edits, real_time_factor, better = cells
+        assert float(accuracy) == pytest.approx(100 * row["frame_accuracy"], abs=0.0051)
+        assert float(wer) == pytest.approx(100 * row["wer"], abs=0.051)
+        assert [float(end) for end in interval.split(" to ")] == pytest.approx([100 * end for end in row["wer_ci95"]], abs=0.051)
+        assert errors == f"{row['errors']} / {row['words']}"
+        assert edits == f"{row['substitutions']} / {row['deletions']} / {row['insertions']}"
+        assert (float(real_time_factor), float(better)) == pytest.approx((row["real_time_factor"], row["probability_better"]), abs=5e-4)
+
+
+def test_markdown_has_the_same_cells(folder):
+    markdown = (folder / "report.md").read_text()
+    for name, cells in table_of((folder / "report.html").read_text(), "Results on dev-mini").items():
+        assert "| " + " | ".join([name, *cells]) + " |" in markdown
+    assert "*Figure in report.html: Frame accuracy on held-out speakers" in markdown
+    for table in markdown.split("\n\n"):
+        assert len({line.count("|") for line in table.splitlines() if line.startswith("|")}) <= 1
+
+
+def test_calibration_table(folder):
+    shown = table_of((folder / "report.html").read_text(), "Calibration")
+    assert shown == {"Ensemble": ["3.10", "2.034", "0.700"], "Distilled student": ["2.00", NONE, NONE]}
+
+
+def test_headline(results):
+    rows = results["splits"]["dev-mini"]
+    assert headline("dev-mini", rows) == "One network keeps 88 % of the ensemble's gain in frame accuracy and 82 % of its gain in word error rate on dev-mini."
+    rows["ensemble"]["wer"] = rows["baseline"]["wer"] + 0.001
+    assert headline("dev-mini", rows) == "One network keeps 88 % of the ensemble's gain in frame accuracy on dev-mini."
+    rows["ensemble"]["frame_accuracy"] = 0.45
+    assert "no gain to keep" in headline("dev-mini", rows)
+    rows["ensemble"]["wer"], rows["gain_kept"]["wer"] = 0.24, -0.3
+    assert "keeps none (-30 %) of the ensemble's gain in word error rate" in headline("dev-mini", rows)
+
+
+def test_every_part_is_optional(results, tmp_path):
+    for part in results:
+        write_report(tmp_path, {part: results[part]})
+    bare = {"splits": {"dev": {"baseline": {"frame_accuracy": 0.5}, "ensemble": {"frame_accuracy": 0.52}, "distilled": {"frame_accuracy": 0.515},
+                               "gain_kept": {"frame_accuracy": 0.75, "wer": None}}}, "stages": {}, "settings": {}}
+    page = write_report(tmp_path, bare).read_text()
+    assert "keeps 75 % of the ensemble's gain in frame accuracy on dev." in page
+    assert table_of(page, "Results on dev")["Ensemble"] == ["52.00", *[NONE] * 6]
+    assert [section.title for section in make_page(bare).sections] == ["Results on dev"]
+
+
+def test_what_others_named_is_escaped(results, tmp_path):
+    results["splits"]["<script>"] = results["splits"].pop("dev-mini")
+    for part in ("curves", "temperature_sweep", "calibration"):
+        del results[part]
+    results["errors"] = {"dev": {"per_speaker": {"a<b&c": results["errors"]["dev-mini"]["per_speaker"]["84"]}}}
+    page = write_report(tmp_path, results).read_text()
+    assert "<script>" not in page
+    assert "a<b" not in page
+    assert "a&lt;b&amp;c" in page
+    assert "a&lt;b&gt;.txt" in page
+
+
+def test_same_results_same_page(folder, results, tmp_path):
+    assert write_report(tmp_path, results).read_bytes() == (folder / "report.html").read_bytes()
+
+
+def test_file_that_cannot_be_written(tmp_path):
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(AsrKdError, match=r"report\.html: could not be written"):
+        write_report(tmp_path, {})
+
+
+def test_doctests():
+    assert doctest.testmod(figures).failed == 0
