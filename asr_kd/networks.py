@@ -82,7 +82,8 @@ def train_networks(stage: str, folder: Path, settings: Settings, data: TrainingD
         networks.save(folder / NETWORKS)
         (folder / "checkpoint.pt").unlink(missing_ok=True)
 
-    choices = {"shape": asdict(shape), "training": asdict(training), "seeds": seeds, "seed": settings.seed, "device": settings.device,
+    deciding = {name: value for name, value in asdict(training).items() if name != "checkpoint_interval_s"}
+    choices = {"shape": asdict(shape), "training": deciding, "seeds": seeds, "seed": settings.seed, "device": settings.device,
                "soft": soft_targets is not None}
     record = run_stage(stage, folder, choices, {**data.inputs, **(inputs or {})}, work)
     return Ensemble.load(folder / NETWORKS).to(settings.device), record
