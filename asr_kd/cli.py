@@ -26,9 +26,10 @@ def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str] |
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    is_first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if is_first else logging.CRITICAL, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:
-        command(words)
+        _in_process_group(command, words)
         sys.stdout.flush()
     except AsrKdError as error:
         if debug:
@@ -42,6 +43,16 @@ def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str] |
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
+
+
+def _in_process_group(command: Callable[[Sequence[str]], None], words: Sequence[str]) -> None:
+    """Call `command`; started by `torchrun`, as one process of several."""
+    if "RANK" not in os.environ:
+        return command(words)
+    from asr_kd.distributed import process_group  # imports torch, which `--help` need not wait for
+
+    with process_group():
+        command(words)
 
 
 def main_train(words: Sequence[str]) -> None:
@@ -111,3 +122,7 @@ def _report(options: argparse.Namespace, _: Sequence[str]) -> None:
 
     write_report(options.output_folder, read_json(options.output_folder / "results.json"))
     print(options.output_folder / "report.html")
+
+
+if __name__ == "__main__":
+    main()

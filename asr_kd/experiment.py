@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from asr_kd.corpus import Corpus, prepare_corpus, prepare_text
+from asr_kd.distributed import local_rank, local_world_size, rank
 from asr_kd.ensemble import Ensemble
 from asr_kd.errors import AsrKdError
 from asr_kd.features import Windows
@@ -32,6 +33,8 @@ DEMO_HPARAMS = _CHECKOUT if _CHECKOUT.is_file() else Path(sys.prefix) / "share" 
 def run(hparams: Path | str, overrides: Sequence[str] = (), sweep: bool = False) -> Path:
     """Run a recipe from its settings file and print its table; what an earlier run finished is not done again.
 
+    Started by `torchrun`, all processes come here; the first one writes and prints.
+
     Args:
         sweep: also distil a student at each of `sweep_temperatures`, for the report's temperature sweep.
 
@@ -39,14 +42,21 @@ def run(hparams: Path | str, overrides: Sequence[str] = (), sweep: bool = False)
         The path of report.html.
     """
     settings = load_settings(hparams, overrides)
-    report = write_results(settings.output, run_experiment(settings, sweep))
+    results = run_experiment(settings, sweep)
+    if rank() != 0:
+        return settings.output / "report.html"
+    report = write_results(settings.output, results)
     print(first_table(settings.output / "report.md"))
     print(report)
     return report
 
 
 def run_experiment(settings: Settings, sweep: bool = False) -> dict[str, Any]:
-    """Section 4 of the paper: states from an aligner, ten networks on them, one network on the ten networks' mean posteriors."""
+    """Section 4 of the paper: states from an aligner, ten networks on them, one network on the ten networks' mean posteriors.
+
+    Returns:
+        What `results.json` holds; nothing in other processes than the first.
+    """
     check_device(settings.device)
     out, seed = settings.output, settings.seed * 1000
     stages: dict[str, Record] = {}
@@ -98,11 +108,11 @@ def run_experiment(settings: Settings, sweep: bool = False) -> dict[str, Any]:
         systems.decoded[name], stages[f"decode {name}"] = decode_system(settings, recogniser, name, network, stages[stage].fingerprint, windows)
 
     costs, stages["bundle"] = publish_student(settings, corpus, text, features, targets, student, stages["student"], recogniser, systems.decoded["distilled"])
-    results = make_results(settings, corpus, targets, windows, systems, recogniser, stages) | {"cost_of_normalisation": costs}
+    results = {"cost_of_normalisation": costs}
     if sweep:
         split = corpus.evaluation[0]
         results["temperature_sweep"] = sweep_temperatures(settings, corpus, targets, recogniser, split, windows[split], distil)
-    return results
+    return make_results(settings, corpus, targets, windows, systems, recogniser, stages) | results if rank() == 0 else {}
 
 
 def sweep_temperatures(settings: Settings, corpus: Corpus, targets: Targets, recogniser: Recogniser, split: str, windows: Windows,
@@ -117,8 +127,10 @@ def sweep_temperatures(settings: Settings, corpus: Corpus, targets: Targets, rec
 
 
 def check_device(device: str) -> None:
-    """Raise `AsrKdError` unless tensors can be put there."""
+    """Raise `AsrKdError` unless tensors can be put there; started by `torchrun`, "cuda" is from now on the GPU of this process."""
     try:
+        if torch.device(device).type == "cuda" and local_world_size() > 1:
+            torch.cuda.set_device(local_rank())
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise AsrKdError(f"device: {device} cannot be used ({str(error).splitlines()[0]}); give --device cpu or cuda") from error

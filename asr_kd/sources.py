@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from asr_kd.distributed import rank, wait_for_all
 from asr_kd.errors import AsrKdError
 from asr_kd.settings import Settings
 from asr_kd.stage import Record, read_record
@@ -39,7 +40,9 @@ def find_sources(settings: Settings) -> tuple[Sources, Record]:
     if settings.download:
         from asr_kd.download import fetch_librispeech
 
-        fetch_librispeech(settings)
+        if rank() == 0:
+            fetch_librispeech(settings)
+        wait_for_all()
     paths = {"data_folder": settings.data_folder, "lm": settings.lm, "lm_text": settings.lm_text}
     for name, path in [*paths.items(), *(("lexicon", path) for path in settings.lexicon)]:
         if path is not None and not Path(path).exists():

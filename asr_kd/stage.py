@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from asr_kd import __version__
+from asr_kd.distributed import from_first_process, rank, wait_for_all
 from asr_kd.errors import AsrKdError
 
 RECORD = "record.json"
@@ -106,6 +107,9 @@ class Record:
         return fingerprint([self.stage, self.settings, self.inputs, self.version])
 
 
+_NOT_FIRST = Record("", {}, {}, "", 0.0, {})  # what other processes give where the first one's record counts
+
+
 def read_record(folder: Path | str) -> Record:
     """The record of a finished stage folder.
 
@@ -128,8 +132,11 @@ def read_record(folder: Path | str) -> Record:
     return record
 
 
-def run_stage(stage: str, folder: Path | str, settings: Mapping[str, Any], inputs: Mapping[str, str], work: Callable[[Path], None]) -> Record:
+def run_stage(stage: str, folder: Path | str, settings: Mapping[str, Any], inputs: Mapping[str, str], work: Callable[[Path], None], *,
+              together: bool = False) -> Record:
     """Run `work(folder)` unless `folder` already holds its result; return the record.
+
+    Under `torchrun` the first process looks at the folder and writes the records; the others come back when the stage is finished.
 
     Args:
         stage: name for messages and for the record.
@@ -137,34 +144,55 @@ def run_stage(stage: str, folder: Path | str, settings: Mapping[str, Any], input
         settings: everything that decides the result, JSON-able.
         inputs: name -> fingerprint of each input.
         work: writes the stage's files; must write anything it would continue from atomically.
+        together: all processes do `work`, each its share, instead of the first one alone.
     """
-    folder = Path(folder)
+    folder, is_first = Path(folder), rank() == 0
     wanted = {"stage": stage, "settings": json.loads(json.dumps(dict(settings), default=_plain)), "inputs": dict(inputs), "version": __version__}
+    finished = from_first_process(_finished(folder, wanted) if is_first else None)
+    if finished is not None:
+        return finished
+    spent = from_first_process(_begin(folder, wanted) if is_first else 0.0)
+    start = time.monotonic()
+    try:
+        if is_first or together:
+            work(folder)
+        if together:
+            wait_for_all()
+    except BaseException:
+        if is_first and folder.is_dir():
+            _note_time(folder / STARTED, wanted, spent + time.monotonic() - start)
+        raise
+    return from_first_process(_finish(folder, wanted, spent + time.monotonic() - start) if is_first else _NOT_FIRST)
+
+
+def _finished(folder: Path, wanted: dict[str, Any]) -> Record | None:
+    """The record of an earlier run with the same settings and inputs, if its files are whole."""
     earlier = _read_if_whole(folder / RECORD)
     if earlier is not None and {key: earlier.get(key) for key in wanted} == wanted:
-        try:
+        with suppress(AsrKdError):  # a file was lost after the record was written: redo the stage
             return read_record(folder)
-        except AsrKdError:
-            pass  # a file was lost after the record was written: redo the stage
+    return None
+
+
+def _begin(folder: Path, wanted: dict[str, Any]) -> float:
+    """Prepare the folder, keeping what a cut-off run of the same left there; the seconds that it spent."""
     started = _read_if_whole(folder / STARTED)
-    spent = started.pop("seconds", 0.0) if started else 0.0
+    spent = float(started.pop("seconds", 0.0)) if started else 0.0
     if started != wanted:
         shutil.rmtree(folder, ignore_errors=True)
         spent = 0.0
     (folder / RECORD).unlink(missing_ok=True)
     write_json(folder / STARTED, {**wanted, "seconds": spent})
-    start = time.monotonic()
-    try:
-        work(folder)
-    except BaseException:
-        if folder.is_dir():
-            _note_time(folder / STARTED, wanted, spent + time.monotonic() - start)
-        raise
+    return spent
+
+
+def _finish(folder: Path, wanted: dict[str, Any], seconds: float) -> Record:
+    """Write the record."""
     for left in [*folder.rglob(".*.part-*")]:  # by a run that was killed
         shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     files = {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*"))
              if path.is_file() and path.name not in (STARTED, RECORD)}
-    record = Record(**wanted, seconds=round(spent + time.monotonic() - start, 3), files=files)
+    record = Record(**wanted, seconds=round(seconds, 3), files=files)
     write_json(folder / RECORD, record.__dict__)
     (folder / STARTED).unlink(missing_ok=True)
     return record
