@@ -7,10 +7,10 @@ stages that are done together each takes its share and sums go through `torch.di
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -104,6 +104,13 @@ def from_first_process(value: T) -> T:
     with _others_alive():
         dist.broadcast_object_list(shared, src=0, device=torch.device("cpu"))
     return shared[0]
+
+
+def by_first_process(work: Callable[[], T]) -> T:
+    """What `work` gives, done by the process of rank 0 while the others wait for it."""
+    if not _together():
+        return work()
+    return from_first_process(work() if rank() == 0 else cast(T, None))
 
 
 def from_all_processes(value: T) -> list[T]:

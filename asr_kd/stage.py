@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from asr_kd import __version__
-from asr_kd.distributed import from_first_process, rank, wait_for_all
+from asr_kd.distributed import by_first_process, rank, wait_for_all
 from asr_kd.errors import AsrKdError
 
 RECORD = "record.json"
@@ -107,9 +107,6 @@ class Record:
         return fingerprint([self.stage, self.settings, self.inputs, self.version])
 
 
-_NOT_FIRST = Record("", {}, {}, "", 0.0, {})  # what other processes give where the first one's record counts
-
-
 def read_record(folder: Path | str) -> Record:
     """The record of a finished stage folder.
 
@@ -148,10 +145,10 @@ def run_stage(stage: str, folder: Path | str, settings: Mapping[str, Any], input
     """
     folder, is_first = Path(folder), rank() == 0
     wanted = {"stage": stage, "settings": json.loads(json.dumps(dict(settings), default=_plain)), "inputs": dict(inputs), "version": __version__}
-    finished = from_first_process(_finished(folder, wanted) if is_first else None)
+    finished = by_first_process(lambda: _finished(folder, wanted))
     if finished is not None:
         return finished
-    spent = from_first_process(_begin(folder, wanted) if is_first else 0.0)
+    spent = by_first_process(lambda: _begin(folder, wanted))
     start = time.monotonic()
     try:
         if is_first or together:
@@ -162,7 +159,7 @@ def run_stage(stage: str, folder: Path | str, settings: Mapping[str, Any], input
         if is_first and folder.is_dir():
             _note_time(folder / STARTED, wanted, spent + time.monotonic() - start)
         raise
-    return from_first_process(_finish(folder, wanted, spent + time.monotonic() - start) if is_first else _NOT_FIRST)
+    return by_first_process(lambda: _finish(folder, wanted, spent + time.monotonic() - start))
 
 
 def _finished(folder: Path, wanted: dict[str, Any]) -> Record | None:

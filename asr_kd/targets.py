@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asr_kd.corpus import Corpus, Text
+from asr_kd.distributed import rank
 from asr_kd.ensemble import Ensemble
 from asr_kd.errors import AsrKdError
 from asr_kd.evaluation import log_posteriors
@@ -108,10 +109,12 @@ def prepare_targets(settings: Settings, corpus: Corpus, text: Text, features: Fe
     usable = {utt_id: words[utt_id] for utt_id in pronounced if any(utt_id in store for store in stores)}
 
     def work(folder: Path) -> None:
-        train_gmm_hmm(stores, usable, corpus.speakers, text.lexicon, gmm, folder=folder / "passes").save(folder / "aligner")
+        trained = train_gmm_hmm(stores, usable, corpus.speakers, text.lexicon, gmm, folder=folder / "passes")
+        if rank() == 0:
+            trained.save(folder / "aligner")
 
     inputs = {"features": features.original_fingerprint, "text": text.fingerprint}
-    trained = run_stage("hmm", settings.output / "hmm", {**asdict(gmm), "train": fingerprint(sorted(usable))}, inputs, work)
+    trained = run_stage("hmm", settings.output / "hmm", {**asdict(gmm), "train": fingerprint(sorted(usable))}, inputs, work, together=True)
     aligner = Aligner.load(settings.output / "hmm" / "aligner")
 
     def align_one(store: FrameStore, words: Words, speakers: Mapping[str, str], folder: Path) -> object:
@@ -154,7 +157,7 @@ def _align_all(stage: str, root: Path, corpus: Corpus, features: Features, input
                 align_one(store, {u.utt_id: u.words for u in utterances}, {u.utt_id: u.spk_id for u in utterances}, folder)
 
         own = {"features": features.fingerprint, "original": records[split].fingerprint} if prefix else {**inputs, "features": features.original_fingerprint}
-        records[name] = run_stage(stage, root / name, {}, own, work)
+        records[name] = run_stage(stage, root / name, {}, own, work, together=not prefix)
     return records
 
 

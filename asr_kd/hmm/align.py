@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from asr_kd.distributed import add_over_processes, at_first_process, by_first_process, rank, world_size
 from asr_kd.errors import AsrKdError
 from asr_kd.frames import FrameStore, FrameWriter
-from asr_kd.hmm.corpus import Aligned, Graphs, Pronouncer, Scores, align_utterances, chunks, map_threads, mixture_scores
+from asr_kd.hmm.corpus import Aligned, Graphs, Pronouncer, Scores, align_utterances, chunks, map_threads, mixture_scores, own_utterances
 from asr_kd.hmm.features import Features, joined
 from asr_kd.hmm.frontend import Frontend
 from asr_kd.hmm.gmm import GaussianMixtures
@@ -138,6 +139,8 @@ def align(aligner: Aligner, features: FrameStore | Sequence[FrameStore], transcr
           lexicon: Pronouncer, folder: Path | str) -> list[Exclusion]:
     """Align a split and write its state ids, a FrameStore of () int32, at `folder`, with segments and `exclusions.csv`.
 
+    Of several processes each aligns its share of the speakers, and the first one writes.
+
     Args:
         features: log-mel store that holds the utterances (or several stores).
         transcripts: utterance id -> words.
@@ -149,7 +152,8 @@ def align(aligner: Aligner, features: FrameStore | Sequence[FrameStore], transcr
     graphs = Graphs(transcripts, lexicon, aligner.hmm.phones)
     stores = joined(features)
     usable, exclusions = usable_utterances(graphs, stores)
-    found = aligner.align(Frontend.of(stores, speakers, usable), graphs, usable) if usable else {}
+    own = own_utterances(usable, speakers, stores)
+    found = aligner.align(Frontend.of(stores, speakers, own), graphs, own) if own else {}
     return write_alignments(folder, aligner.hmm, graphs, usable, found, exclusions)
 
 
@@ -171,7 +175,7 @@ def align_with_network(hmm: HmmModel, log_likelihoods: LogLikelihoods, features:
                              "score it with a network trained on these states and features")
         return lambda states, span: table[span, states].astype(np.float32) * np.float32(acoustic_scale)
 
-    found = dict(align_utterances(usable, graphs, stores, hmm, scores_of, "align with the network"))
+    found = dict(align_utterances(usable[rank() :: world_size()], graphs, stores, hmm, scores_of, "align with the network"))
     return write_alignments(folder, hmm, graphs, usable, found, exclusions)
 
 
@@ -184,8 +188,17 @@ def usable_utterances(graphs: Graphs, features: Features) -> tuple[list[str], li
 
 def write_alignments(folder: Path | str, hmm: HmmModel, graphs: Graphs, utt_ids: Iterable[str],
                      found: Mapping[str, Aligned | None], exclusions: Sequence[Exclusion]) -> list[Exclusion]:
-    """Write state ids, segments and exclusions; returns all exclusions, those without a path included."""
-    folder = Path(folder)
+    """Write state ids, segments and exclusions; returns all exclusions, those without a path included.
+
+    Args:
+        found: alignments of this process's share of the utterances; the first process writes those of all.
+    """
+    merged = {utt_id: aligned for part in at_first_process(found) for utt_id, aligned in part.items()}
+    return by_first_process(lambda: _write(Path(folder), hmm, graphs, utt_ids, merged, exclusions))
+
+
+def _write(folder: Path, hmm: HmmModel, graphs: Graphs, utt_ids: Iterable[str], found: Mapping[str, Aligned | None],
+           exclusions: Sequence[Exclusion]) -> list[Exclusion]:
     excluded = [*exclusions]
     frames, log_likelihood = 0, 0.0
     attributes: dict[str, object] = {"num_states": hmm.num_states, "phones": list(hmm.phones)}
@@ -256,7 +269,7 @@ def state_priors(hmm: HmmModel, targets: Iterable[FrameStore], utt_ids: Iterable
 
 
 def learn_transitions(hmm: HmmModel, codes: Iterable[NDArray[np.int32]], num_words: int) -> HmmModel:
-    """The model with transition probabilities, silence between words, and priors counted in alignments (context codes).
+    """The model with transition probabilities, silence between words, and priors counted in the alignments (context codes) of all processes.
 
     A state left with chance p each frame lasts 1 / p frames on average, so p is visits per frame.
     """
@@ -271,6 +284,9 @@ def learn_transitions(hmm: HmmModel, codes: Iterable[NDArray[np.int32]], num_wor
         silences += int((silent & is_first & (path % STATES_PER_PHONE == 0)).sum())
         edges += int(silent[0]) + int(silent[-1])
         utterances += 1
+    others = torch.tensor([silences, edges, utterances, num_words])
+    add_over_processes([torch.from_numpy(frames), torch.from_numpy(visits), others])
+    silences, edges, utterances, num_words = others.tolist()
     leave = np.clip((visits + 1.0) / (frames + 2.0), 0.01, 0.99)
     silence_states = hmm.state_table[EDGE, SIL, EDGE]
     leave[silence_states] = np.minimum(leave[silence_states], MAX_SILENCE_LEAVE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from asr_kd.distributed import from_all_processes, rank, wait_for_all, world_size
 from asr_kd.errors import AsrKdError
 from asr_kd.frames import FrameStore, FrameWriter
 from asr_kd.hmm.align import GmmHmm
@@ -31,6 +33,8 @@ class TrainState:
         transforms: speaker id -> (D, D + 1).
         aligned: utterance id -> latest alignment.
         history: per pass its name, log-likelihood per frame and number of Gaussians.
+
+    Of several processes each holds the transforms and alignments of its own speakers; the rest is the same in all.
     """
 
     done: int
@@ -47,35 +51,59 @@ class TrainState:
 
 
 def save_state(folder: Path, state: TrainState, identity: str) -> None:
-    """Write into one of two folders in turn, then point to it; the other stays whole until then."""
+    """Write into one of two folders in turn, then point to it; the other stays whole until then. Each process writes its own speakers."""
+    processes = world_size()
     place = folder / f"pass{state.done % 2}"
+    _save_speakers(_parts(place, processes)[rank()], state)
+    if rank() == 0:
+        state.model.save(place / "model")
+        if state.independent is not None:
+            state.independent.save(place / "independent")
+    wait_for_all()
+    if rank() == 0:
+        notes = {"identity": identity, "place": place.name, "done": state.done, "adapting": state.independent is not None, "history": list(state.history)}
+        write_json(folder / LATEST, notes | ({"processes": processes} if processes > 1 else {}))
+
+
+def _save_speakers(place: Path, state: TrainState) -> None:
     (place / "speakers.json").unlink(missing_ok=True)
-    state.model.save(place / "model")
-    if state.independent is not None:
-        state.independent.save(place / "independent")
     write_tensors(place / "transforms.safetensors", {f"t{i}": transform.numpy() for i, transform in enumerate(state.transforms.values())})
     with FrameWriter(place / "aligned", (2,), np.int32) as writer:
         for utt_id, aligned in state.aligned.items():
             writer.append(utt_id, np.stack([aligned.codes, aligned.nodes], 1))
     write_json(place / "speakers.json", list(state.transforms))
-    write_json(folder / LATEST, {"identity": identity, "place": place.name, "done": state.done, "adapting": state.independent is not None,
-                                 "history": list(state.history)})
 
 
-def load_state(folder: Path, identity: str) -> TrainState | None:
-    """The latest state of the training that `identity` names; None where there is none, or it is of another training or damaged."""
+def _parts(place: Path, processes: int) -> list[Path]:
+    """Where each of several processes keeps its speakers."""
+    return [place] if processes == 1 else [place / f"part{number}of{processes}" for number in range(processes)]
+
+
+def load_state(folder: Path, identity: str, utt_ids: Iterable[str]) -> TrainState | None:
+    """The latest state of the training that `identity` names, by whatever number of processes, with the alignments of these utterances.
+
+    None (in all processes) where there is none, or it is of another training or damaged.
+    """
+    state = _read(folder, identity, set(utt_ids))
+    return state if None not in from_all_processes(state and state.done) else None
+
+
+def _read(folder: Path, identity: str, utt_ids: set[str]) -> TrainState | None:
     try:
         notes = read_json(folder / LATEST)
         if notes["identity"] != identity:
             return None
         place = folder / notes["place"]
-        tensors = read_tensors(place / "transforms.safetensors")
-        speakers = read_json(place / "speakers.json")
-        store = FrameStore(place / "aligned")
+        transforms: dict[str, Tensor] = {}
+        aligned: dict[str, Aligned] = {}
+        for part in _parts(place, notes.get("processes", 1)):
+            tensors = read_tensors(part / "transforms.safetensors")
+            transforms |= {speaker: torch.from_numpy(tensors[f"t{i}"]) for i, speaker in enumerate(read_json(part / "speakers.json"))}
+            store = FrameStore(part / "aligned")
+            aligned |= {utt_id: _unpacked(store[utt_id]) for utt_id in store if utt_id in utt_ids}
         return TrainState(
             done=notes["done"], model=GmmHmm.load(place / "model"), independent=GmmHmm.load(place / "independent") if notes["adapting"] else None,
-            transforms={speaker: torch.from_numpy(tensors[f"t{i}"]) for i, speaker in enumerate(speakers)},
-            aligned={utt_id: _unpacked(store[utt_id]) for utt_id in store}, history=tuple(notes["history"]))
+            transforms=transforms, aligned=aligned, history=tuple(notes["history"]))
     except (AsrKdError, KeyError):
         return None
 

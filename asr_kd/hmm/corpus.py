@@ -1,4 +1,4 @@
-"""Passes over a corpus: graphs of its transcripts, batches of utterances, alignment on several threads."""
+"""Passes over a corpus: graphs of its transcripts, batches of utterances, alignment on several threads and processes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from asr_kd.distributed import local_world_size, rank, world_size
 from asr_kd.errors import AsrKdError
 from asr_kd.hmm.features import Features
 from asr_kd.hmm.frontend import Frontend
@@ -97,9 +98,24 @@ class Graphs:
 
 
 def num_threads() -> int:
-    """Threads for passes over the corpus: the cores this process may use, at most eight."""
+    """Threads for passes over the corpus: this process's part of the cores it may use, at most eight."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, 8)
+    return max(1, min(cores // local_world_size(), 8))
+
+
+def own_utterances(utt_ids: Sequence[str], speakers: Mapping[str, str], features: Features) -> list[str]:
+    """The utterances that this process works on, in their order: whole speakers, so that each can be adapted to, with alike amounts of speech."""
+    if world_size() == 1:
+        return list(utt_ids)
+    frames: dict[str, int] = {}
+    for utt_id in utt_ids:
+        speaker = speakers.get(utt_id, "")
+        frames[speaker] = frames.get(speaker, 0) + features.length(utt_id)
+    loads, owner = [0] * world_size(), {}
+    for speaker in sorted(frames, key=lambda name: (-frames[name], name)):
+        owner[speaker] = loads.index(min(loads))
+        loads[owner[speaker]] += frames[speaker]
+    return [utt_id for utt_id in utt_ids if owner[speakers.get(utt_id, "")] == rank()]
 
 
 def map_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

@@ -62,6 +62,11 @@ class Frontend:
     projection: Tensor | None = None
     transforms: Mapping[str, Tensor] = field(default_factory=dict)
 
+    @property
+    def dim(self) -> int:
+        """D, width of the features."""
+        return 3 * NUM_CEPSTRA if self.projection is None else self.projection.shape[1]
+
     @staticmethod
     def of(store: Features, speakers: Mapping[str, str], utt_ids: Sequence[str]) -> Frontend:
         """Measure the cepstral means of the speakers over the given utterances.

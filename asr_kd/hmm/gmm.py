@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from asr_kd.distributed import add_over_processes, total_over_processes
+
 MIN_GAUSSIAN_FRAMES = 10.0
 """A Gaussian with a smaller share of frames is removed when the mixture is re-estimated."""
 SPLIT_DISTANCE = 0.2
@@ -136,6 +138,13 @@ class Statistics:
         self.squares += other.squares
         self.log_likelihood += other.log_likelihood
         self.num_frames += other.num_frames
+        return self
+
+    def over_processes(self) -> Statistics:
+        """The sums of all processes, in place."""
+        add_over_processes([self.frames, self.sums, self.squares])
+        self.log_likelihood, frames = total_over_processes(self.log_likelihood, self.num_frames)
+        self.num_frames = int(frames)
         return self
 
 

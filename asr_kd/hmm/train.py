@@ -14,13 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from asr_kd.distributed import add_over_processes, by_first_process, from_all_processes, from_first_process, total_over_processes
 from asr_kd.errors import AsrKdError
 from asr_kd.frames import FrameStore
 from asr_kd.hmm.align import Aligner, GmmHmm, align_with, learn_transitions, speaker_transforms, usable_utterances
 from asr_kd.hmm.checkpoint import TrainState, load_state, save_state
-from asr_kd.hmm.corpus import Aligned, Graphs, Pronouncer, chunks, map_threads
+from asr_kd.hmm.corpus import Aligned, Graphs, Pronouncer, chunks, map_threads, own_utterances
 from asr_kd.hmm.features import joined
-from asr_kd.hmm.frontend import Frontend
+from asr_kd.hmm.frontend import NUM_CEPSTRA, SPLICE, Frontend
 from asr_kd.hmm.gmm import GaussianMixtures, Statistics, accumulate, estimate, grow, single_gaussians
 from asr_kd.hmm.model import EDGE, SIL, HmmModel, split_codes, untied_model
 from asr_kd.hmm.topology import even_path
@@ -114,7 +115,8 @@ def train_gmm_hmm(features: FrameStore | Sequence[FrameStore], transcripts: Mapp
     """Train an aligner on every utterance that can be aligned; those that cannot are left to `align` to list.
 
     The result depends on nothing random. With `folder`, the state after each pass is kept there and an earlier, cut-off training
-    of the same data and settings is continued.
+    of the same data and settings is continued. Of several processes each works on its share of the speakers, and statistics are
+    summed over all.
 
     Args:
         features: stored log-mel.
@@ -133,25 +135,28 @@ def train_gmm_hmm(features: FrameStore | Sequence[FrameStore], transcripts: Mapp
     if not usable:
         raise AsrKdError(f"no utterance of {len(exclusions)} can be aligned (first: {exclusions[0].utt_id}, {exclusions[0].reason}); check lexicon and features"
                          if exclusions else "no transcripts to train on; check the training split")
-    if folder is None:
-        with tempfile.TemporaryDirectory() as temporary:
-            return _Trainer(Frontend.of(stores, speakers, usable), graphs, usable, settings, lexicon).run(Path(temporary))
-    return _Trainer(Frontend.of(stores, speakers, usable), graphs, usable, settings, lexicon).run(Path(folder))
+    own = own_utterances(usable, speakers, stores)
+    trainer = _Trainer(Frontend.of(stores, speakers, own), graphs, usable, own, settings, lexicon)
+    if folder is not None:
+        return trainer.run(Path(folder))
+    with tempfile.TemporaryDirectory() as temporary:
+        return trainer.run(Path(from_first_process(temporary)))
 
 
 class _Trainer:
-    """The passes of one training over one corpus."""
+    """The passes of one training over one corpus, `all_utt_ids`, of which this process works on `utt_ids`."""
 
-    def __init__(self, frontend: Frontend, graphs: Graphs, utt_ids: list[str], settings: GmmHmmSettings, lexicon: Pronouncer) -> None:
+    def __init__(self, frontend: Frontend, graphs: Graphs, all_utt_ids: list[str], utt_ids: list[str], settings: GmmHmmSettings,
+                 lexicon: Pronouncer) -> None:
         self.frontend = frontend
         self.graphs = graphs
-        self.utt_ids = utt_ids
+        self.all_utt_ids, self.utt_ids = all_utt_ids, utt_ids
         self.settings = settings
         self.phones = ("SIL", *lexicon.phones)
 
     def run(self, folder: Path) -> Aligner:
         identity = self.identity()
-        state = load_state(folder, identity)
+        state = load_state(folder, identity, self.utt_ids)
         if state is None:
             state = self.flat_start()
         else:
@@ -168,9 +173,9 @@ class _Trainer:
     def identity(self) -> str:
         """Names this training: settings, data and pronunciations."""
         store = self.frontend.store
-        words = {word: self.graphs.lexicon[word] for utt_id in self.utt_ids for word in self.graphs.transcripts[utt_id]}
-        index = [[utt_id, store.length(utt_id), list(self.graphs.transcripts[utt_id]), self.frontend.speakers[utt_id]] for utt_id in self.utt_ids]
-        sample = [store[utt_id][0].astype(np.float64).sum() for utt_id in self.utt_ids]
+        words = {word: self.graphs.lexicon[word] for utt_id in self.all_utt_ids for word in self.graphs.transcripts[utt_id]}
+        index = [[utt_id, store.length(utt_id), list(self.graphs.transcripts[utt_id]), self.frontend.speakers[utt_id]] for utt_id in self.all_utt_ids]
+        sample = [store[utt_id][0].astype(np.float64).sum() for utt_id in self.all_utt_ids]
         return fingerprint([asdict(self.settings), self.phones, index, words, sample])
 
     def run_pass(self, step: Pass, state: TrainState) -> TrainState:
@@ -189,7 +194,7 @@ class _Trainer:
         statistics = self.expect(state.model, frontend, state.codes)
         mixtures = estimate(state.model.mixtures, statistics, self.variance_floor(statistics))
         frames = np.add.reduceat(statistics.frames.numpy(), state.model.mixtures.offsets[:-1])
-        mixtures = grow(mixtures, frames, step.gaussians(state.model.hmm.num_states), least=self.least_gaussians(state.model.hmm))
+        mixtures = from_first_process(grow(mixtures, frames, step.gaussians(state.model.hmm.num_states), least=self.least_gaussians(state.model.hmm)))
         per_frame = statistics.log_likelihood / statistics.num_frames
         log.info("%s: log-likelihood per frame %.4f, %d Gaussians, %d states%s, %.1f s", step.name, per_frame, state.model.mixtures.num_gaussians,
                  state.model.hmm.num_states, ", realigned" if step.realign else "", time.monotonic() - start)
@@ -214,12 +219,13 @@ class _Trainer:
 
     def flat_start(self) -> TrainState:
         """Even alignments of the shortest utterances; all states share the Gaussian of all frames."""
-        by_length = sorted(self.utt_ids, key=lambda utt_id: (self.frontend.store.length(utt_id), utt_id))
+        own = set(self.utt_ids)
+        by_length = sorted(self.all_utt_ids, key=lambda utt_id: (self.frontend.store.length(utt_id), utt_id))
         until = np.searchsorted(np.cumsum([self.frontend.store.length(utt_id) for utt_id in by_length]), self.settings.mono_hours * FRAMES_PER_HOUR) + 1
-        aligned = {utt_id: self.even_alignment(utt_id) for utt_id in by_length[:until]}
+        aligned = {utt_id: self.even_alignment(utt_id) for utt_id in by_length[:until] if utt_id in own}
         hmm = untied_model(self.phones)
         one = single_gaussians(torch.zeros(1, 39), torch.ones(1, 39))
-        overall = self.accumulate_over(lambda chunk: accumulate(one, self.features(self.frontend, chunk), np.zeros(self.length(chunk), np.int64)), aligned)
+        overall = self.accumulate_over(lambda chunk: accumulate(one, self.features(self.frontend, chunk), np.zeros(self.length(chunk), np.int64)), one, aligned)
         mean = overall.sums[0] / overall.frames[0]
         variance = overall.squares[0] / overall.frames[0] - mean.square()
         mixtures = single_gaussians(mean.expand(hmm.num_states, -1), variance.expand(hmm.num_states, -1))
@@ -243,7 +249,8 @@ class _Trainer:
         total = statistics.moments.sum(0)
         dim = (len(total) - 1) // 2
         floor = VARIANCE_FLOOR * (total[dim + 1 :] / total[0] - (total[1 : dim + 1] / total[0]) ** 2)
-        leaves = grow_tree(statistics, len(self.phones), self.settings.num_states, min_frames=self.settings.min_leaf_frames, min_gain=1.0, variance_floor=floor)
+        leaves = by_first_process(lambda: grow_tree(statistics, len(self.phones), self.settings.num_states, min_frames=self.settings.min_leaf_frames,
+                                                    min_gain=1.0, variance_floor=floor))
         half = np.full(len(leaves), np.log(0.5), np.float32)
         hmm = HmmModel(self.phones, state_table(leaves, len(self.phones)), half, half, previous.hmm.log_optional_silence, half)
         hmm = learn_transitions(hmm, state.codes.values(), self.num_words(state.codes))
@@ -257,10 +264,11 @@ class _Trainer:
         """
         found = align_with(state.model, frontend, self.graphs, utt_ids, guide=None if is_rough else state.aligned)
         aligned = {utt_id: own for utt_id in utt_ids if (own := found[utt_id]) is not None}
-        if len(aligned) < len(utt_ids):
-            log.warning("%d of %d utterances have no path and are left out", len(utt_ids) - len(aligned), len(utt_ids))
-        if not aligned:
-            raise AsrKdError(f"none of {len(utt_ids)} utterances could be aligned; check that audio and transcripts belong together")
+        found_anywhere, wanted = map(int, total_over_processes(len(aligned), len(utt_ids)))
+        if found_anywhere < wanted:
+            log.warning("%d of %d utterances have no path and are left out", wanted - found_anywhere, wanted)
+        if not found_anywhere:
+            raise AsrKdError(f"none of {wanted} utterances could be aligned; check that audio and transcripts belong together")
         state = replace(state, aligned=aligned)
         return replace(state, model=replace(state.model, hmm=learn_transitions(state.model.hmm, state.codes.values(), self.num_words(aligned))))
 
@@ -278,7 +286,7 @@ class _Trainer:
         for own, own_sums in map_threads(work, chunks(state.codes, frontend.store)):
             statistics += own
             sums += own_sums
-        matrix = mllt(model.mixtures, statistics, sums)
+        matrix = from_first_process(mllt(model.mixtures, statistics.over_processes(), sums.over_processes()))
         assert model.projection is not None
         return replace(model, projection=model.projection @ matrix.T, mixtures=replace(model.mixtures, means=model.mixtures.means @ matrix.T))
 
@@ -292,27 +300,36 @@ class _Trainer:
             sums = torch.zeros(hmm.num_states, frames.shape[1]).index_add_(0, tied, frames)
             return np.bincount(tied.numpy(), minlength=hmm.num_states).astype(np.float64), sums.double().numpy(), (frames.T @ frames).double().numpy()
 
-        counts, sums, second = (sum(part) for part in zip(*map_threads(work, chunks(codes, self.frontend.store)), strict=True))
+        dim = (2 * SPLICE + 1) * NUM_CEPSTRA
+        counts, sums, second = np.zeros(hmm.num_states), np.zeros((hmm.num_states, dim)), np.zeros((dim, dim))
+        for part in map_threads(work, chunks(codes, self.frontend.store)):
+            for whole, own in zip((counts, sums, second), part, strict=True):
+                whole += own
+        add_over_processes([torch.from_numpy(whole) for whole in (counts, sums, second)])
         total = counts.sum()
         mean = sums.sum(0) / total
         means = sums / np.maximum(counts, 1)[:, None]
         between = (means * counts[:, None]).T @ means / total - np.outer(mean, mean)
-        return lda(second / total - np.outer(mean, mean) - between, between, LDA_DIM)
+        return from_first_process(lda(second / total - np.outer(mean, mean) - between, between, LDA_DIM))
 
     def expect(self, model: GmmHmm, frontend: Frontend, codes: Mapping[str, NDArray[np.int32]]) -> Statistics:
         """The E step over the corpus."""
-        return self.accumulate_over(lambda chunk: accumulate(model.mixtures, self.features(frontend, chunk), self.states(model.hmm, codes, chunk)), codes)
+        def work(chunk: list[str]) -> Statistics:
+            return accumulate(model.mixtures, self.features(frontend, chunk), self.states(model.hmm, codes, chunk))
 
-    def accumulate_over(self, work: Callable[[list[str]], Statistics], utt_ids: Iterable[str]) -> Statistics:
-        parts = map_threads(work, chunks(utt_ids, self.frontend.store))
-        total = next(parts)
-        for part in parts:
+        return self.accumulate_over(work, model.mixtures, codes)
+
+    def accumulate_over(self, work: Callable[[list[str]], Statistics], mixtures: GaussianMixtures, utt_ids: Iterable[str]) -> Statistics:
+        """Statistics of all processes' utterances."""
+        total = Statistics.zero(mixtures.num_gaussians, mixtures.dim)
+        for part in map_threads(work, chunks(utt_ids, self.frontend.store)):
             total += part
-        return total
+        return total.over_processes()
 
     def context_statistics(self, frontend: Frontend, codes: Mapping[str, NDArray[np.int32]]) -> ContextStatistics:
         """Moments of the frames of every state in context."""
-        names = np.unique(np.concatenate([np.unique(path) for path in codes.values()]))
+        own_names = np.unique(np.concatenate([np.empty(0, np.int32), *(np.unique(path) for path in codes.values())]))
+        names = np.unique(np.concatenate(from_all_processes(own_names)))
 
         def work(chunk: list[str]) -> tuple[NDArray[np.intp], Tensor]:
             frames = self.features(frontend, chunk)
@@ -320,9 +337,10 @@ class _Trainer:
             moments = torch.cat([torch.ones(len(frames), 1), frames, frames.square()], 1)
             return rows, moments
 
-        total = torch.zeros(len(names), 1 + 2 * self.features(frontend, [next(iter(codes))]).shape[1], dtype=torch.float64)
+        total = torch.zeros(len(names), 1 + 2 * frontend.dim, dtype=torch.float64)
         for rows, moments in map_threads(work, chunks(codes, frontend.store)):
             total.index_add_(0, torch.from_numpy(rows), moments.double())
+        add_over_processes([total])
         return ContextStatistics(names.astype(np.int32), total.numpy())
 
     def features(self, frontend: Frontend, utt_ids: list[str]) -> Tensor:

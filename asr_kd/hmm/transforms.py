@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from asr_kd.distributed import add_over_processes, total_over_processes
 from asr_kd.hmm.gmm import GaussianMixtures, Statistics, posteriors, rows_by_state
 
 FloatArray = NDArray[np.float64]
@@ -60,6 +61,12 @@ class TransformStatistics:
         self.outer += other.outer
         self.cross += other.cross
         self.num_frames += other.num_frames
+        return self
+
+    def over_processes(self) -> TransformStatistics:
+        """The sums of all processes, in place."""
+        add_over_processes([torch.from_numpy(self.outer), torch.from_numpy(self.cross)])
+        self.num_frames = int(total_over_processes(self.num_frames)[0])
         return self
 
 
