@@ -83,7 +83,7 @@ def phone_questions(statistics: ContextStatistics, num_phones: int, variance_flo
 
 @dataclass(frozen=True, eq=False)
 class Leaf:
-    """A tied state: `centre`'s state `position` between any of the `left` and any of the `right` phones (masks (n,))."""
+    """A tied state: `centre`'s state `position` between any of the `left` and any of the `right` phones (masks (n,)); of silence all three states."""
 
     centre: int
     position: int
@@ -101,6 +101,9 @@ class _Split:
 def grow_tree(statistics: ContextStatistics, num_phones: int, num_states: int, *, min_frames: float, min_gain: float,
               variance_floor: FloatArray) -> list[Leaf]:
     """Split the leaf that gains most likelihood until there are `num_states` of them, or none can be split.
+
+    The states of silence share one leaf: where a pause passes from one to the next is arbitrary, and a network that is asked to tell them
+    apart gets a third of the quiet frames wrong.
 
     Args:
         min_frames: both sides of a split must have as many frames.
@@ -131,7 +134,8 @@ def grow_tree(statistics: ContextStatistics, num_phones: int, num_states: int, *
         if split is not None and split.gain > min_gain:
             heapq.heappush(queue, (-split.gain, index, split))
 
-    for phone in range(1, n):
+    add(Leaf(SIL, 0, everything, everything), np.flatnonzero(centre == SIL))
+    for phone in range(SIL + 1, n):
         for k in range(STATES_PER_PHONE):
             add(Leaf(phone, k, everything, everything), np.flatnonzero((centre == phone) & (position == k)))
     for index in range(len(leaves)):
@@ -175,4 +179,5 @@ def state_table(leaves: list[Leaf], num_phones: int) -> NDArray[np.int32]:
     for state, i in enumerate(order):
         leaf = leaves[i]
         table[:, leaf.centre, :, leaf.position][np.ix_(leaf.left, leaf.right)] = state
+    table[:, SIL, :, 1:] = table[:, SIL, :, :1]
     return table
