@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -259,7 +259,7 @@ class Windows:
         dim: (left + 1 + right) * F, width of a window.
 
     Args:
-        stores: one feature store, or several read together (speed-perturbed copies).
+        stores: one feature store, or several read together (speed-perturbed copies), or what `store_of_each` made of them.
         utt_ids: which utterances, in which order; all of them by default.
         left: frames of context before.
         right: frames of context after.
@@ -270,22 +270,18 @@ class Windows:
         AsrKdError: an utterance id occurs in two stores or in none, or the stores were made with different settings.
     """
 
-    def __init__(self, stores: FrameStore | Sequence[FrameStore], utt_ids: Sequence[str] | None = None, left: int = 20, right: int = 5,
-                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float16) -> None:
-        stores = [stores] if isinstance(stores, FrameStore) else list(stores)
-        store_of = _store_of_each(stores)
+    def __init__(self, stores: FrameStore | Sequence[FrameStore] | Mapping[str, FrameStore], utt_ids: Sequence[str] | None = None, left: int = 20,
+                 right: int = 5, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float16) -> None:
+        store_of = stores if isinstance(stores, Mapping) else store_of_each(stores)
         self.utt_ids = list(store_of if utt_ids is None else utt_ids)
-        missing = [utt_id for utt_id in self.utt_ids if utt_id not in store_of]
-        if missing:
-            raise AsrKdError(f"{missing[0]}: no features in {', '.join(str(store.folder) for store in stores)} ({len(missing)} utterances "
-                             "without); run the features stage again")
+        check_present(self.utt_ids, store_of)
         self.left, self.right = left, right
         self.device = torch.device(device)
         lengths = np.array([store_of[utt_id].length(utt_id) for utt_id in self.utt_ids], dtype=np.int64)
         self.offsets: NDArray[np.int64] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         self.num_frames = int(self.offsets[-1])
         self._position = {utt_id: u for u, utt_id in enumerate(self.utt_ids)}
-        frame_dim = stores[0].frames.shape[1]
+        frame_dim = next(iter(store_of.values())).frames.shape[1]
         self.dim = (left + 1 + right) * frame_dim
         padded = self._padded([store_of[utt_id][utt_id] for utt_id in self.utt_ids], frame_dim, dtype)
         rows = np.arange(self.num_frames, dtype=np.int64) + np.repeat(np.arange(len(lengths)), lengths) * (left + right)
@@ -343,7 +339,13 @@ class Windows:
         return padded
 
 
-def _store_of_each(stores: Sequence[FrameStore]) -> dict[str, FrameStore]:
+def store_of_each(stores: FrameStore | Sequence[FrameStore]) -> dict[str, FrameStore]:
+    """Utterance id -> feature store.
+
+    Raises:
+        AsrKdError: an utterance id occurs in two stores, or the stores were made with different settings.
+    """
+    stores = [stores] if isinstance(stores, FrameStore) else list(stores)
     settings = [{key: store.attributes.get(key) for key in ("options", "cmvn")} for store in stores]
     for store, other in zip(stores, settings, strict=True):
         if other != settings[0]:
@@ -355,3 +357,11 @@ def _store_of_each(stores: Sequence[FrameStore]) -> dict[str, FrameStore]:
                 raise AsrKdError(f"{utt_id}: in {store_of[utt_id].folder} and in {store.folder}; ids must be unique across the splits read together")
             store_of[utt_id] = store
     return store_of
+
+
+def check_present(utt_ids: Sequence[str], store_of: Mapping[str, FrameStore]) -> None:
+    """Raise `AsrKdError` when an utterance has no features."""
+    missing = [utt_id for utt_id in utt_ids if utt_id not in store_of]
+    if missing:
+        folders = sorted({str(store.folder) for store in store_of.values()})
+        raise AsrKdError(f"{missing[0]}: no features in {', '.join(folders)} ({len(missing)} utterances without); run the features stage again")

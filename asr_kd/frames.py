@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import suppress
@@ -70,6 +71,12 @@ class FrameStore:
         """Number of frames of an utterance."""
         start, end = self.span(utt_id)
         return end - start
+
+    def release(self) -> None:
+        """Let the system have the memory back that holds what was read; reading it again maps it again."""
+        mapped = getattr(self.frames, "_mmap", None)
+        if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class FrameWriter:

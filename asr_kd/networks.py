@@ -11,8 +11,9 @@ import torch
 
 from asr_kd import __version__
 from asr_kd.corpus import Corpus
+from asr_kd.distributed import from_first_process, rank
 from asr_kd.ensemble import Ensemble
-from asr_kd.frame_data import FrameData, input_statistics, load_frame_data
+from asr_kd.frame_data import FrameData, StreamedFrames, TrainingFrames, input_statistics, load_frame_data
 from asr_kd.model import ModelShape
 from asr_kd.precision import choose_precision
 from asr_kd.schedule import ScheduleSettings
@@ -25,6 +26,7 @@ from asr_kd.training import SoftTargets, TrainingSettings, train
 log = logging.getLogger(__name__)
 
 NETWORKS = "networks.safetensors"
+INDEX_BYTES = 12  # per frame in memory beside its features: state id and place
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,11 @@ class TrainingData:
     """Frames to train on and frames of the tuning speakers to decide on, with what identifies them.
 
     Attributes:
+        train: in memory, or streamed where they would take more than `frames_in_memory_gb`.
         inputs: name -> fingerprint of features and targets.
     """
 
-    train: FrameData
+    train: TrainingFrames
     tuning: FrameData
     num_states: int
     inputs: Mapping[str, str]
@@ -51,13 +54,20 @@ class TrainingData:
         states = [targets.stores[name] for name, (split, _) in features.origin.items() if split not in corpus.evaluation]
         prefixes = sorted({prefix for _, prefix in features.origin.values()} if speeds is None else {speed_prefix(speed) for speed in speeds})
 
-        def frames(utt_ids: list[str]) -> FrameData:
-            aligned = [utt_id for utt_id in utt_ids if any(utt_id in store for store in states)]
-            return load_frame_data(stores, states, aligned, settings.left_context, settings.right_context, torch.device(settings.device))
+        def aligned(utt_ids: list[str]) -> list[str]:
+            return [utt_id for utt_id in utt_ids if any(utt_id in store for store in states)]
 
-        train = frames([prefix + utt_id for prefix in prefixes for utt_id in corpus.train])
+        wanted = aligned([prefix + utt_id for prefix in prefixes for utt_id in corpus.train])
         inputs = {"features": features.fingerprint, "targets": targets.fingerprint} | ({"speeds": fingerprint(prefixes)} if speeds is not None else {})
-        return cls(train, frames(corpus.tuning), targets.hmm.num_states, inputs)
+        size = sum(store.length(utt_id) for store in states for utt_id in set(wanted).intersection(store.utt_ids)) * (2 * settings.num_mels + INDEX_BYTES)
+        place = (settings.left_context, settings.right_context, torch.device(settings.device))
+        tuning = load_frame_data(stores, states, aligned(corpus.tuning), *place)
+        if size <= settings.frames_in_memory_gb * 1e9:
+            return cls(load_frame_data(stores, states, wanted, *place), tuning, targets.hmm.num_states, inputs)
+        log.info("%.1f GB of features and targets are streamed from the disk (frames_in_memory_gb is %g)", size / 1e9, settings.frames_in_memory_gb)
+        streamed = StreamedFrames(stores, states, wanted, *place)
+        order = {"streamed": fingerprint([streamed.chunk_frames, streamed.part_frames])}
+        return cls(streamed, tuning, targets.hmm.num_states, inputs | order)
 
 
 def train_networks(stage: str, folder: Path, settings: Settings, data: TrainingData, *, seeds: list[int], epochs: float, student: bool = False,
@@ -78,6 +88,8 @@ def train_networks(stage: str, folder: Path, settings: Settings, data: TrainingD
         networks.set_input_statistics(*input_statistics(data.train, settings.num_mels, settings.seed))
         networks = networks.to(settings.device)
         result = train(networks, data.train, data.tuning, folder, training, seed=settings.seed, soft_targets=soft_targets)
+        if rank() != 0:
+            return
         write_json(folder / "training.json", {"heldout_accuracy": result.heldout_accuracy, "diverged": result.diverged, "precision": result.precision})
         networks.save(folder / NETWORKS)
         (folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -85,7 +97,7 @@ def train_networks(stage: str, folder: Path, settings: Settings, data: TrainingD
     deciding = {name: value for name, value in asdict(training).items() if name != "checkpoint_interval_s"}
     choices = {"shape": asdict(shape), "training": deciding, "seeds": seeds, "seed": settings.seed, "device": settings.device,
                "soft": soft_targets is not None}
-    record = run_stage(stage, folder, choices, {**data.inputs, **(inputs or {})}, work)
+    record = run_stage(stage, folder, choices, {**data.inputs, **(inputs or {})}, work, together=True)
     return Ensemble.load(folder / NETWORKS).to(settings.device), record
 
 
@@ -113,7 +125,7 @@ def prepare_soft_targets(folder: Path, settings: Settings, data: TrainingData, t
     def work(folder: Path) -> None:
         shape = (len(teachers), 1024, settings.hidden_units, settings.hidden_units)
         extract(teachers, data.train, folder, wanted, seed=settings.seed, device=device, form=settings.soft_targets,  # type: ignore[arg-type]
-                precision=choose_precision(settings.precision, device, shape))
+                precision=from_first_process(choose_precision(settings.precision, device, shape)))
 
-    record = run_stage("soft_targets", folder, {"form": settings.soft_targets, "seed": settings.seed, **asdict(wanted)}, data.inputs, work)
+    record = run_stage("soft_targets", folder, {"form": settings.soft_targets, "seed": settings.seed, **asdict(wanted)}, data.inputs, work, together=True)
     return SoftTargetStore(folder, data.train, wanted, device), record

@@ -85,6 +85,7 @@ class Settings:
     device: str = "cpu"
     precision: str = "auto"
     num_jobs: int = 2
+    frames_in_memory_gb: float = 8.0
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):

@@ -12,9 +12,12 @@ Averaged posteriors cannot be re-tempered; what they were made with is written i
 
 from __future__ import annotations
 
+import copy
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -25,12 +28,13 @@ from torch import Tensor
 
 from asr_kd import sparse_targets
 from asr_kd.compact_targets import TailDirections, check_compact_size, find_tail_directions
+from asr_kd.distributed import by_first_process, rank, total_over_processes, world_size
 from asr_kd.errors import AsrKdError
 from asr_kd.frames import FrameStore
 from asr_kd.losses import Mean, SparseTargets, average_teachers
 from asr_kd.precision import precision_context
 from asr_kd.progress import progress
-from asr_kd.resumable_frames import ResumableFrameWriter
+from asr_kd.resumable_frames import PROGRESS, ResumableFrameWriter
 
 Form = Literal["dense", "compact", "sparse"]
 Encoder = Callable[[Tensor, Tensor], Tensor]  # posteriors (n, S), uniform numbers (n, 2) -> stored frames (n, width)
@@ -102,7 +106,8 @@ def extract(teachers: Teachers, frames: NumberedFrames, folder: Path | str, reco
             form: Form = "compact", bytes_per_frame: int = 128, precision: str = "fp32") -> None:
     """Write the soft targets of all `frames` to `folder`; an extraction that was cut off goes on after its last chunk.
 
-    Memory use does not depend on the number of frames. What is drawn for a frame of the sparse form depends on `seed` and the utterance alone.
+    Of several processes each writes its share of the utterances to a folder of its own, `shard{rank}of{processes}`. Memory use does not
+    depend on the number of frames. What is drawn for a frame of the sparse form depends on `seed` and the utterance alone.
 
     Args:
         form: "dense" is float16 (N, S), "compact" `asr_kd.compact_targets`, "sparse" `asr_kd.sparse_targets`.
@@ -116,12 +121,15 @@ def extract(teachers: Teachers, frames: NumberedFrames, folder: Path | str, reco
     _check_size(form, bytes_per_frame, record.num_states)
     width, dtype = (record.num_states, "<f2") if form == "dense" else (bytes_per_frame // 2, "<i2")
     attributes: dict[str, object] = {**asdict(record), "form": form, "seed": seed, "precision": precision}
-    writer = ResumableFrameWriter(folder, frames.utt_ids, frames.offsets, width, dtype, attributes)
-    progress_bar = progress(desc=f"soft targets, T = {record.temperature:g}", total=int(frames.offsets[-1]), unit="frames")
+    own = _own_utterances(frames.offsets)
+    first = int(frames.offsets[own.start])
+    by_first_process(partial(_remove_other_shards, Path(folder)))
+    writer = ResumableFrameWriter(_shard(Path(folder)), frames.utt_ids[own], frames.offsets[own.start:own.stop + 1] - first, width, dtype, attributes)
+    progress_bar = progress(desc=f"soft targets, T = {record.temperature:g}", total=sum(writer.lengths), unit="frames")
     with precision_context(precision, device), torch.inference_mode(), progress_bar as bar:
-        encode = _encoder(teachers, frames, record, form, bytes_per_frame, writer, seed, device)
+        encode = _encoder(teachers, frames, record, form, bytes_per_frame, Path(folder), total_over_processes(writer.frames_done)[0] > 0, seed, device)
         bar.update(writer.frames_done)
-        for start, end in writer.chunks_left():
+        for start, end in ((first + start, first + end) for start, end in writer.chunks_left()):
             uniforms = torch.from_numpy(_uniforms(seed, frames, start, end)).to(device)
             block = np.empty((end - start, width), dtype)
             for rows, posteriors in _teacher_posteriors(teachers, frames, torch.arange(start, end), record):
@@ -137,7 +145,7 @@ class SoftTargetStore:
     Args:
         frames: utterances and first frame numbers of the training data; all of them must be in the store, in any order.
         expected: what the targets must have been made with.
-        device: where `batch` gives its tensors.
+        device: where `batch` gives its tensors. Off the CPU small forms are kept there, so that no batch waits for the host.
 
     Attributes:
         form: "dense", "compact" or "sparse".
@@ -149,27 +157,57 @@ class SoftTargetStore:
     """
 
     def __init__(self, folder: Path | str, frames: NumberedFrames, expected: SoftTargetRecord, device: torch.device) -> None:
-        store = FrameStore(folder)
-        expected.check(store.attributes, store.folder)
-        self.form: object = store.attributes["form"]
-        self.bytes_per_frame = store.frames.dtype.itemsize * store.frames.shape[1]
+        self._shards = [FrameStore(shard) for shard in _written_shards(Path(folder))]
+        for shard in self._shards:
+            expected.check(shard.attributes, shard.folder)
+        self.form: object = self._shards[0].attributes["form"]
+        self.bytes_per_frame = self._shards[0].frames.dtype.itemsize * self._shards[0].frames.shape[1]
+        self._device = device
+        self._directions = TailDirections.load(Path(folder) / DIRECTIONS).to(device) if self.form == "compact" else None
+        self._shard_of = {utt_id: number for number, shard in enumerate(self._shards) for utt_id in shard}
+        self._number(frames, on_device=device.type != "cpu" and self.form != "dense")
+
+    def _number(self, frames: NumberedFrames, on_device: bool) -> None:
+        """Take on another numbering; `on_device` keeps all its records in memory."""
         self.num_frames = int(frames.offsets[-1])
-        self._stored, self._device = store.frames, device
-        self._directions = TailDirections.load(store.folder / DIRECTIONS).to(device) if self.form == "compact" else None
         self._offsets = np.asarray(frames.offsets, dtype=np.int64)
-        self._shift = _first_rows(store, frames.utt_ids, self._offsets) - self._offsets[:-1]  # (U,) from frame number to row of the store
+        self._utterance_shard, first_rows = _places(self._shards, self._shard_of, frames.utt_ids, self._offsets)
+        self._shift = first_rows - self._offsets[:-1]  # (U,) from frame number to row of the shard
+        self._records: Tensor | None = None
+        if on_device:
+            places = zip(self._utterance_shard, first_rows, np.diff(self._offsets), strict=True)
+            pieces = [self._shards[n].frames[row:row + length] for n, row, length in places]
+            self._records = torch.from_numpy(np.concatenate(pieces)).to(self._device)
+
+    def of(self, frames: NumberedFrames) -> SoftTargetStore:
+        """The same targets in the numbering of other `frames`, some of the utterances, whose records are read into memory."""
+        part = copy.copy(self)
+        part._number(frames, on_device=self.form != "dense")
+        for shard in self._shards:
+            shard.release()
+        return part
 
     def batch(self, frame_indices: Tensor) -> Tensor | SparseTargets:
         """Targets of frames (B,): float32 probabilities (B, S), or sparse targets; every frame's sum to 1."""
-        numbers = frame_indices.cpu().numpy()
-        rows = numbers + self._shift[np.searchsorted(self._offsets, numbers, side="right") - 1]
-        stored = torch.from_numpy(self._stored[rows]).to(self._device)
+        stored = self._read(frame_indices) if self._records is None else self._records[frame_indices]
         if self._directions is not None:
             return self._directions.decode(stored)
         if self.form == "sparse":
             return sparse_targets.decode(stored)
         posteriors = stored.float()
         return posteriors / posteriors.sum(1, keepdim=True)  # float16 rounds away up to 1e-3 of the mass
+
+    def _read(self, frame_indices: Tensor) -> Tensor:
+        """Records (B, width) of frames, from the disk."""
+        numbers = frame_indices.cpu().numpy()
+        utterances = np.searchsorted(self._offsets, numbers, side="right") - 1
+        rows, shards = numbers + self._shift[utterances], self._utterance_shard[utterances]
+        if len(self._shards) == 1:
+            return torch.from_numpy(self._shards[0].frames[rows]).to(self._device)
+        stored = np.empty((len(rows), *self._shards[0].frames.shape[1:]), self._shards[0].frames.dtype)
+        for n in np.unique(shards):
+            stored[shards == n] = self._shards[n].frames[rows[shards == n]]
+        return torch.from_numpy(stored).to(self._device)
 
 
 class OnTheFlyTargets:
@@ -184,17 +222,53 @@ class OnTheFlyTargets:
         """Targets of frames (B,): float32 probabilities (B, S)."""
         return average_teachers(self._teachers(self._windows.gather(frame_indices)).float(), self._temperature, self._mean)
 
+    def of(self, frames: NumberedFrames) -> OnTheFlyTargets:
+        """The same targets in the numbering of other `frames`."""
+        return OnTheFlyTargets(self._teachers, frames, self._temperature, self._mean)
 
-def _first_rows(store: FrameStore, utt_ids: Sequence[str], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Row of each utterance's first frame in the store, (U,)."""
-    spans = np.array([store.span(utt_id) for utt_id in utt_ids], dtype=np.int64).reshape(-1, 2)
+
+def _shard(folder: Path) -> Path:
+    """Where this process writes: alone, the folder itself."""
+    return folder if world_size() == 1 else folder / f"shard{rank()}of{world_size()}"
+
+
+def _own_utterances(offsets: NDArray[np.int64]) -> slice:
+    """This process's utterances: a run with about as many frames as any other process's."""
+    edges = np.searchsorted(offsets, offsets[-1] * np.arange(world_size() + 1) / world_size())
+    return slice(int(edges[rank()]), int(edges[rank() + 1]))
+
+
+def _remove_other_shards(folder: Path) -> None:
+    """Remove what a run of another number of processes left."""
+    for left in folder.glob("shard*"):
+        if world_size() == 1 or not left.name.endswith(f"of{world_size()}"):
+            shutil.rmtree(left)
+    if world_size() > 1:
+        (folder / PROGRESS).unlink(missing_ok=True)
+
+
+def _written_shards(folder: Path) -> list[Path]:
+    """Folders of a store's shards; the folder itself where one process wrote it."""
+    shards = sorted(folder.glob("shard*"))
+    for shard in shards:
+        expected = int(shard.name.rpartition("of")[2])
+        if len(shards) != expected:
+            raise AsrKdError(f"{folder}: {len(shards)} shards, expected {expected}; run the soft_targets stage again")
+    return shards or [folder]
+
+
+def _places(shards: Sequence[FrameStore], shard_of: Mapping[str, int], utt_ids: Sequence[str],
+            offsets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Shard of each utterance, and the row of its first frame there, both (U,)."""
+    numbers = np.array([shard_of.get(utt_id, 0) for utt_id in utt_ids], dtype=np.int64)
+    spans = np.array([shards[n].span(utt_id) for n, utt_id in zip(numbers, utt_ids, strict=True)], dtype=np.int64).reshape(-1, 2)
     lengths = spans[:, 1] - spans[:, 0]
     wrong = np.flatnonzero(lengths != np.diff(offsets))
     if len(wrong):
         u = wrong[0]
-        raise AsrKdError(f"{utt_ids[u]}: {lengths[u]} soft targets in {store.folder} for {np.diff(offsets)[u]} frames of features; "
+        raise AsrKdError(f"{utt_ids[u]}: {lengths[u]} soft targets in {shards[0].folder} for {np.diff(offsets)[u]} frames of features; "
                          "run the soft_targets stage again")
-    return spans[:, 0]
+    return numbers, spans[:, 0]
 
 
 def _check_size(form: Form, bytes_per_frame: int, num_states: int) -> None:
@@ -204,24 +278,23 @@ def _check_size(form: Form, bytes_per_frame: int, num_states: int) -> None:
         sparse_targets.check_record_size(bytes_per_frame, num_states)
 
 
-def _encoder(teachers: Teachers, frames: NumberedFrames, record: SoftTargetRecord, form: Form, bytes_per_frame: int, writer: ResumableFrameWriter,
+def _encoder(teachers: Teachers, frames: NumberedFrames, record: SoftTargetRecord, form: Form, bytes_per_frame: int, folder: Path, has_begun: bool,
              seed: int, device: torch.device) -> Encoder:
-    """What turns posteriors into stored frames."""
+    """What turns posteriors into stored frames; the first process finds it out for all."""
     if form == "dense":
         return lambda posteriors, uniforms: posteriors.half()
     if form == "sparse":
         return lambda posteriors, uniforms: sparse_targets.encode(posteriors, uniforms, bytes_per_frame)
-    path = writer.folder / DIRECTIONS
-    if writer.frames_done:
-        directions = TailDirections.load(path)
-    else:
+    def find() -> None:
         generator = torch.Generator().manual_seed(seed)
         num_frames = min(SAMPLE_FRAMES, SAMPLE_ELEMENTS // record.num_states)
         sample = torch.randint(int(frames.offsets[-1]), (num_frames,), generator=generator)
         posteriors = torch.cat([part for _, part in _teacher_posteriors(teachers, frames, sample, record)])
-        directions = find_tail_directions(posteriors, bytes_per_frame, generator)
-        directions.save(path)
-    directions = directions.to(device)
+        find_tail_directions(posteriors, bytes_per_frame, generator).save(folder / DIRECTIONS)
+
+    if not has_begun:
+        by_first_process(find)
+    directions = TailDirections.load(folder / DIRECTIONS).to(device)
     return lambda posteriors, uniforms: directions.encode(posteriors)
 
 

@@ -14,7 +14,10 @@ import json
 import logging
 import pickle
 import time
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +27,7 @@ from torch import Tensor
 from asr_kd.distributed import add_over_processes, from_first_process, own_share, rank, smallest_over_processes, world_size
 from asr_kd.ensemble import Ensemble
 from asr_kd.errors import AsrKdError
-from asr_kd.frame_data import FrameData, epoch_frames
+from asr_kd.frame_data import FrameData, Part, StreamedFrames, TrainingFrames, load_ahead
 from asr_kd.hard_losses import count_correct, hard_losses
 from asr_kd.losses import SparseTargets, distillation_loss
 from asr_kd.precision import choose_precision, precision_context
@@ -43,9 +46,13 @@ log = logging.getLogger(__name__)
 
 
 class SoftTargets(Protocol):
-    """Teachers' tempered posteriors by frame number, in the numbering of the training data."""
+    """Teachers' tempered posteriors by frame number, in the numbering of the training data.
+
+    Where that is streamed, `of` gives those of a part of it, in the part's numbering; else it is not needed.
+    """
 
     def batch(self, frame_indices: Tensor) -> Tensor | SparseTargets: ...
+    def of(self, frames: FrameData) -> SoftTargets: ...
 
 
 @dataclass(frozen=True)
@@ -95,13 +102,14 @@ class TrainingResult:
     precision: str
 
 
-def train(networks: Ensemble, data: FrameData, heldout: FrameData, folder: Path | str, settings: TrainingSettings, *, seed: int,
+def train(networks: Ensemble, data: TrainingFrames, heldout: FrameData, folder: Path | str, settings: TrainingSettings, *, seed: int,
           soft_targets: SoftTargets | None = None) -> TrainingResult:
     """Train all members on the same batches and leave each with the weights of its best held-out accuracy.
 
     Args:
         networks: K members (one for a baseline, a control or a student), on the device to train on; changed in place.
-        data, heldout: frames to train on, and of other speakers, to decide on; both on that device.
+        data: frames to train on, in memory on that device or streamed to it.
+        heldout: frames of other speakers, to decide on, on that device.
         folder: holds the checkpoint, to go on from after a cut, and `curves.jsonl`.
         seed: order of the frames. Dropout depends on the member's own seed.
         soft_targets: without them the loss is the cross-entropy with the hard targets.
@@ -113,12 +121,13 @@ def train(networks: Ensemble, data: FrameData, heldout: FrameData, folder: Path 
 
 
 class _Trainer:
-    def __init__(self, networks: Ensemble, data: FrameData, heldout: FrameData, folder: Path, settings: TrainingSettings, seed: int,
+    def __init__(self, networks: Ensemble, data: TrainingFrames, heldout: FrameData, folder: Path, settings: TrainingSettings, seed: int,
                  soft_targets: SoftTargets | None) -> None:
         self.networks, self.data, self.heldout, self.folder = networks, data, heldout, folder
         self.settings, self.seed, self.soft_targets = settings, seed, soft_targets
         self.device = networks.input_mean.device
-        data.check_targets(networks.shape.num_states)
+        if isinstance(data, FrameData):
+            data.check_targets(networks.shape.num_states)
         heldout.check_targets(networks.shape.num_states)
         self.parameters: list[Tensor] = list(networks.parameters())
         self.members = [[parameter.detach()[k] for parameter in self.parameters] for k in range(len(networks))]  # views of the stacked memory
@@ -132,6 +141,10 @@ class _Trainer:
         self.epoch, self.batch, self.step, self.epochs = 0, 0, 0, 0.0
         self.precision = ""
         self.sums = _Sums(len(networks), self.device)
+        self.num_batches = 0  # of the present epoch
+        self.part = data if isinstance(data, FrameData) else heldout  # frames in memory; streamed ones from the first batch on
+        self.part_targets = soft_targets
+        self.recent: deque[tuple[FrameData, Tensor]] = deque(maxlen=_CHECK_STEPS)
 
     def run(self) -> TrainingResult:
         self._resume()
@@ -144,15 +157,13 @@ class _Trainer:
         return TrainingResult(list(self.schedule.best), self.curves, self.diverged, self.precision)
 
     def _run_epoch(self, bar: Any) -> None:
-        frames = epoch_frames(self.data, self.seed, self.epoch, self.settings.variants).to(self.device)
-        self.batches = frames.tensor_split(max(1, round(len(frames) / self.settings.batch_frames)))
         parts, saved_at = self.settings.evaluations_per_epoch, time.monotonic()
-        while self.batch < len(self.batches) and not self._finished():
-            self._step(self.batches[self.batch])
-            parts_done = int(self.batch / len(self.batches) * parts)
+        for batch in self._batches():
+            self._step(batch)
+            parts_done = int(self.batch / self.num_batches * parts)
             self.batch, self.step = self.batch + 1, self.step + 1
-            self.epochs = self.epoch + self.batch / len(self.batches)
-            due = int(self.batch / len(self.batches) * parts) > parts_done or self._finished()
+            self.epochs = self.epoch + self.batch / self.num_batches
+            due = int(self.batch / self.num_batches * parts) > parts_done or self._finished()
             if due or self.step % _CHECK_STEPS == 0:
                 self._check_losses()
                 bar.update(self.epochs - bar.n)
@@ -161,8 +172,30 @@ class _Trainer:
                 if due or from_first_process(time.monotonic() - saved_at > self.settings.checkpoint_interval_s):
                     self._save()
                     saved_at = time.monotonic()
-        if self.batch == len(self.batches):
+            if self._finished():
+                break
+        if self.batch == self.num_batches:
             self.epoch, self.batch = self.epoch + 1, 0
+
+    def _batches(self) -> Iterator[Tensor]:
+        """Frame numbers in `part` of each batch of the epoch that is still to come."""
+        parts = self.data.parts(self.seed, self.epoch, self.settings.variants)
+        counts = [max(1, round(part.num_frames / self.settings.batch_frames)) for part in parts]
+        self.num_batches, done = sum(counts), 0
+        while counts[0] <= self.batch - done < self.num_batches:  # parts that were finished before a cut
+            parts, done, counts = parts[1:], done + counts[0], counts[1:]
+        for count, loaded in zip(counts, load_ahead([partial(self._load, part) for part in parts]), strict=True):
+            self.part, frames, self.part_targets = loaded
+            yield from frames.tensor_split(count)[self.batch - done:]
+            done += count
+
+    def _load(self, part: Part) -> tuple[FrameData, Tensor, SoftTargets | None]:
+        """A part of the data with the numbers of the frames to train on and its soft targets."""
+        data, frames = part.load()
+        if data is self.data:
+            return data, frames.to(self.device), self.soft_targets
+        data.check_targets(self.networks.shape.num_states)
+        return data, frames.to(self.device), None if self.soft_targets is None else self.soft_targets.of(data)
 
     def _finished(self) -> bool:
         return self.epochs >= self.settings.schedule.max_epochs or all(self.schedule.stopped)
@@ -171,8 +204,9 @@ class _Trainer:
         own = own_share(frame_indices)
         for generator, seed in zip(self.generators, self.networks.seeds, strict=True):
             generator.manual_seed((seed * 1_000_003 + self.step) * world_size() + rank())
-        logits = self.networks(self.data.windows.gather(own), self.generators)  # (K, B, S)
-        targets = self.data.targets[own].long()
+        self.recent.append((self.part, frame_indices))
+        logits = self.networks(self.part.windows.gather(own), self.generators)  # (K, B, S)
+        targets = self.part.targets[own].long()
         losses, correct = self._losses(logits, targets, own)
         losses = losses * (len(own) / len(frame_indices))
         torch.autograd.backward(losses.sum())
@@ -183,9 +217,9 @@ class _Trainer:
 
     def _losses(self, logits: Tensor, targets: Tensor, frame_indices: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and number of correct frames of each member, (K, B, S) -> (K,) and (K,)."""
-        if self.soft_targets is None:
+        if self.part_targets is None:
             return hard_losses(logits, targets)
-        soft_targets = self.soft_targets.batch(frame_indices)
+        soft_targets = self.part_targets.batch(frame_indices)
         temperature, hard_weight = self.settings.temperature, self.settings.hard_weight
         losses = [distillation_loss(member, soft_targets, targets, temperature=temperature, hard_weight=hard_weight) for member in logits]
         return torch.stack(losses), count_correct(logits.detach(), targets)
@@ -223,12 +257,12 @@ class _Trainer:
             raise AsrKdError(self._describe_divergence(max(self.diverged.values())))
 
     def _describe_divergence(self, step: int) -> str:
-        batch = self.batches[self.batch - (self.step - step)]
-        bad_rows = ~self.data.windows.gather(batch).isfinite().all(1)
+        part, batch = self.recent[step - self.step]
+        bad_rows = ~part.windows.gather(batch).isfinite().all(1)
         where = f"{self.folder}: loss NaN or infinite at step {step} for all {len(self.networks)} members, expected a number"
         if bool(bad_rows.any()):
-            return f"{where}; features of {', '.join(self.data.utterances_of(batch[bad_rows])[:3])} are not finite: run the features stage again"
-        return f"{where}; the batch's features are finite (first: {self.data.utterances_of(batch[:1])[0]}): lower learning_rate or check the soft targets"
+            return f"{where}; features of {', '.join(part.utterances_of(batch[bad_rows])[:3])} are not finite: run the features stage again"
+        return f"{where}; the batch's features are finite (first: {part.utterances_of(batch[:1])[0]}): lower learning_rate or check the soft targets"
 
     def _evaluate(self) -> None:
         accuracies = heldout_accuracy(self.networks, self.heldout, self.settings.heldout_frames)
@@ -253,8 +287,9 @@ class _Trainer:
 
     def _fingerprint(self) -> str:
         settings = {**asdict(self.settings), "checkpoint_interval_s": None}
+        order = [self.data.chunk_frames, self.data.part_frames] if isinstance(self.data, StreamedFrames) else []
         return fingerprint([_FORMAT, settings, asdict(self.networks.shape), self.networks.seeds, self.seed, self.data.utt_ids, self.data.num_frames,
-                            self.heldout.utt_ids, self.soft_targets is not None])
+                            self.heldout.utt_ids, self.soft_targets is not None, *order])
 
     def _save(self) -> None:
         sums = self.sums.over_processes()

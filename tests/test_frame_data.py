@@ -1,0 +1,142 @@
+"""Frames that are streamed from their stores beside the same frames in memory."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_training import FEATURES, LEFT, NUM_STATES, RIGHT, SETTINGS, SHAPE, make_data
+
+from asr_kd import training
+from asr_kd.ensemble import Ensemble
+from asr_kd.errors import AsrKdError
+from asr_kd.frame_data import FrameData, StreamedFrames, input_statistics, load_ahead
+from asr_kd.frames import FrameStore, FrameWriter
+from asr_kd.soft_targets import OnTheFlyTargets, SoftTargetRecord, SoftTargetStore, extract
+from asr_kd.training import train
+
+UTT_IDS = tuple(f"u{number:02d}" for number in range(20))
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> FrameData:
+    return make_data(tmp_path, 1, UTT_IDS)
+
+
+def streamed(folder: Path, utt_ids: tuple[str, ...] = UTT_IDS, chunk_frames: int = 200, part_frames: int = 600) -> StreamedFrames:
+    return StreamedFrames(FrameStore(folder / "features"), FrameStore(folder / "targets"), utt_ids, LEFT, RIGHT, CPU,
+                          chunk_frames=chunk_frames, part_frames=part_frames)
+
+
+def test_windows_are_those_in_memory(data: FrameData, tmp_path: Path) -> None:
+    frames = torch.from_numpy(np.random.default_rng(0).permutation(data.num_frames))
+    assert torch.equal(streamed(tmp_path).windows.gather(frames), data.windows.gather(frames))
+    for one, other in zip(input_statistics(streamed(tmp_path), FEATURES, 1), input_statistics(data, FEATURES, 1), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_windows_from_several_stores(data: FrameData, tmp_path: Path) -> None:
+    more = make_data(tmp_path / "more", 2, ("x", "y"))
+    both = StreamedFrames([FrameStore(tmp_path / "features"), FrameStore(tmp_path / "more" / "features")],
+                          [FrameStore(tmp_path / "targets"), FrameStore(tmp_path / "more" / "targets")], ["x", "u03"], LEFT, RIGHT, CPU)
+    assert torch.equal(both.gather(torch.arange(200)), torch.cat([more.windows.gather(torch.arange(100)), data.windows.gather(torch.arange(300, 400))]))
+
+
+def test_an_epoch_holds_every_frame_once_in_an_order_of_its_own(data: FrameData, tmp_path: Path) -> None:
+    source, orders = streamed(tmp_path), []
+    for epoch in (0, 1, 0):
+        seen: list[tuple[str, int]] = []
+        for part in source.parts(7, epoch, "one"):
+            part_data, frames = part.load()
+            assert part.num_frames == len(frames) == part_data.num_frames
+            assert 300 <= part.num_frames <= 1000
+            for frame in frames.tolist():
+                u = int(np.searchsorted(part_data.offsets, frame, side="right")) - 1
+                utt_id, within = part_data.utt_ids[u], frame - int(part_data.offsets[u])
+                seen.append((utt_id, within))
+                whole = 100 * UTT_IDS.index(utt_id) + within
+                assert part_data.targets[frame] == data.targets[whole]
+        assert sorted(seen) == [(utt_id, frame) for utt_id in UTT_IDS for frame in range(100)]
+        orders.append(seen)
+    assert orders[0] == orders[2] != orders[1]
+    first_part = {utt_id for utt_id, _ in orders[0][:600]}
+    assert first_part != set(UTT_IDS[: len(first_part)])  # chunks are shuffled
+
+
+def test_a_streamed_epoch_takes_one_speed_variant_of_each_utterance(tmp_path: Path) -> None:
+    utt_ids = tuple(prefix + utt_id for prefix in ("", "sp0.9-", "sp1.1-") for utt_id in UTT_IDS)
+    make_data(tmp_path, 1, utt_ids)
+    drawn = [[utt_id for part in streamed(tmp_path, utt_ids).parts(1, epoch, "one") for utt_id in part.load()[0].utt_ids] for epoch in range(2)]
+    for utterances in drawn:
+        assert sorted(utt_id.rpartition("-")[2] for utt_id in utterances) == sorted(UTT_IDS)
+    assert drawn[0] != drawn[1]
+
+
+def test_the_next_item_is_loaded_while_the_present_one_is_used() -> None:
+    begun = [threading.Event() for _ in range(3)]
+
+    def load(number: int) -> int:
+        begun[number].set()
+        return number
+
+    for number in load_ahead([lambda n=n: load(n) for n in range(3)]):
+        assert number == 2 or begun[number + 1].wait(10)
+    assert list(load_ahead([])) == []
+
+
+@pytest.mark.parametrize("form", [None, "compact", "on_the_fly"])
+def test_streamed_training_that_was_cut_goes_on_with_the_same_result(data: FrameData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                     form: str | None) -> None:
+    source, heldout = streamed(tmp_path), make_data(tmp_path / "heldout", 2, ("x", "y", "z"))
+    soft_targets = None
+    if form is not None:
+        record = SoftTargetRecord(2.0, "arithmetic", NUM_STATES, "t", "f", "s")
+        teachers = Ensemble(SHAPE, [1, 2])
+        extract(teachers, source, tmp_path / "soft", record, seed=0, device=CPU, bytes_per_frame=16)
+        extract(teachers, data, tmp_path / "soft_of_all", record, seed=0, device=CPU, bytes_per_frame=16)
+        assert (tmp_path / "soft" / "frames.npy").read_bytes() == (tmp_path / "soft_of_all" / "frames.npy").read_bytes()
+        soft_targets = SoftTargetStore(tmp_path / "soft", source, record, CPU) if form == "compact" else OnTheFlyTargets(teachers, source, 2.0)
+    settings = replace(SETTINGS, checkpoint_interval_s=0.0)
+    whole, cut = Ensemble(SHAPE, [3]), Ensemble(SHAPE, [3])
+    expected = train(whole, source, heldout, tmp_path / "whole", settings, seed=7, soft_targets=soft_targets)
+    assert expected.heldout_accuracy[0] > 0.3
+    step, count = training._Trainer._step, 0
+
+    def interrupted(self: training._Trainer, batch: torch.Tensor) -> None:
+        nonlocal count
+        count += 1
+        if count == 53:  # in the second part of the second epoch
+            raise KeyboardInterrupt
+        step(self, batch)
+
+    monkeypatch.setattr(training, "_CHECK_STEPS", 1)
+    monkeypatch.setattr(training._Trainer, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, source, heldout, tmp_path / "cut", settings, seed=7, soft_targets=soft_targets)
+    assert train(Ensemble(SHAPE, [3]), source, heldout, tmp_path / "cut", settings, seed=7, soft_targets=soft_targets) == expected
+
+
+def test_a_store_in_parts_gives_the_targets_of_the_whole(data: FrameData, tmp_path: Path) -> None:
+    record = SoftTargetRecord(2.0, "arithmetic", NUM_STATES, "t", "f", "s")
+    extract(Ensemble(SHAPE, [1, 2]), data, tmp_path / "soft", record, seed=0, device=CPU, bytes_per_frame=16)
+    store = SoftTargetStore(tmp_path / "soft", data, record, CPU)
+    part, frames = streamed(tmp_path).parts(7, 0, "one")[1].load()
+    own = [100 * UTT_IDS.index(utt_id) + frame for utt_id in part.utt_ids for frame in range(100)]
+    assert torch.equal(store.of(part).batch(frames), store.batch(torch.tensor(own)[frames]))
+
+
+def test_wrong_state_ids_and_missing_targets_are_named(tmp_path: Path) -> None:
+    make_data(tmp_path, 1, UTT_IDS)
+    with FrameWriter(tmp_path / "targets", (), np.int32) as targets:
+        for utt_id in UTT_IDS[:-1]:
+            targets.append(utt_id, np.full(100, NUM_STATES if utt_id == "u07" else 0))
+    with pytest.raises(AsrKdError, match="u19: not in"):
+        streamed(tmp_path)
+    heldout = make_data(tmp_path / "heldout", 2, ("x",))
+    with pytest.raises(AsrKdError, match="u07: state id 12, expected 0 to 11"):
+        train(Ensemble(SHAPE, [3]), streamed(tmp_path, UTT_IDS[:-1]), heldout, tmp_path / "out", SETTINGS, seed=7)
