@@ -287,12 +287,11 @@ class Windows:
         rows = np.arange(self.num_frames, dtype=np.int64) + np.repeat(np.arange(len(lengths)), lengths) * (left + right)
         self._row_of_frame = torch.from_numpy(rows).to(self.device)  # (N,), first row of the frame's window
         self._rows = padded.to(self.device)  # (N + U * (left + right), F)
-        self._context = torch.arange(left + 1 + right, device=self.device)
+        self._windows = self._rows.as_strided((len(padded) - left - right, self.dim), (frame_dim, 1))  # overlapping: a window is a run of rows
 
     def gather(self, frame_indices: Tensor) -> Tensor:
         """Windows around these frames: (B,) int64 -> (B, dim) float32."""
-        rows = self._row_of_frame[frame_indices.to(self.device)][:, None] + self._context  # (B, left + 1 + right)
-        return self._rows.index_select(0, rows.flatten()).view(-1, self.dim).float()
+        return self._windows.index_select(0, self._row_of_frame[frame_indices.to(self.device)]).float()
 
     def utterance(self, utt_id: str) -> Tensor:
         """Windows around every frame of an utterance, (T, dim) float32."""

@@ -45,7 +45,8 @@ def test_dropout_gradient_equals_that_of_plain_operations() -> None:
     hidden, masks = inputs.expand(2, -1, -1), generators(8, 9)
     for weight, bias in zip(list(ensemble.weights)[:-1], list(ensemble.biases)[:-1], strict=True):
         keep = keep_masks(masks, 9, 16, 0.25)
-        hidden = torch.where(keep, (hidden @ weight + bias).relu() / 0.75, 0.0)
+        assert keep is not None
+        hidden = torch.where(keep.bool(), (hidden @ weight + bias).relu() / 0.75, 0.0)
     (hidden @ ensemble.weights[-1] + ensemble.biases[-1]).square().sum().backward()
     for parameter, gradient in zip(ensemble.parameters(), found, strict=True):
         torch.testing.assert_close(gradient, parameter.grad)
@@ -65,6 +66,8 @@ def test_masks_are_each_members_own(rows: int, units: int, dropout: float) -> No
 def test_masks_drop_the_share_they_are_asked_for() -> None:
     masks = keep_masks(generators(1), 1000, 1000, 0.125)
     assert masks is not None
+    assert set(masks.unique().tolist()) == {-1, 0}
+    masks = -masks
     assert 1 - float(masks.float().mean()) == pytest.approx(0.125, abs=5 * (0.125 * 0.875 / 1e6) ** 0.5)
     by_octet = masks.view(-1, 8).float().mean(0)  # each byte of a draw is as random as the others
     assert float((by_octet - 0.875).abs().max()) < 5 * (0.125 * 0.875 / 125_000) ** 0.5
