@@ -11,13 +11,18 @@ p is a constant: no gradient flows into soft targets. Axes: B utterances, T fram
 N stands for all frames of a batch. Softmax and sums are done in float32 (float64 for float64 logits), under autocast too.
 
 Besides the logits and their gradient nothing of size (N, C) is kept: the frames are worked through in blocks, and the gradient
-is computed from the logits once more in the backward pass. This module imports nothing but torch.
+is computed from the logits once more in the backward pass. (On the CPU, small batches of dense targets keep a gradient made beside
+the loss instead, which is faster.) On CUDA the kernels of `asr_kd.fused_losses` do the same where Triton is installed. This module
+imports nothing but torch.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -33,6 +38,9 @@ REDUCTIONS = ("mean", "sum", "batch", "batchmean", "none")
 CPU_BLOCK_ELEMENTS = 2**17
 MIN_BLOCK_ELEMENTS = 2**20
 NUM_BLOCKS = 8
+# On a CPU, batches of dense targets up to this size (8 MB) keep a gradient between forward and backward.
+EARLY_GRADIENT_ELEMENTS = 2**21
+FUSED_DEVICES = ("cuda",)
 # A length n / num_frames kept in float32 may come back as n + 1e-4 frames; that is not one frame more.
 LENGTH_TOLERANCE_FRAMES = 1e-2
 # float16 storage rounds away some of the mass; logits or log-probabilities given by mistake are far outside.
@@ -105,6 +113,7 @@ def distillation_loss(
     reduction: Reduction = "mean",
     allowed_len_diff: int = 0,
     kl: bool = False,
+    fused: bool = True,
 ) -> Tensor:
     """T^2 * CE(soft_targets, softmax(logits / T)) + hard_weight * CE(hard_targets, softmax(logits)).
 
@@ -121,6 +130,7 @@ def distillation_loss(
     allowed_len_diff: up to so many frames more in logits, soft or hard targets than in the shortest of them are cut off.
     kl: report KL(p, q) instead of CE(p, q), so that the soft term of a perfect student is 0. The gradient is the same. For
         SparseTargets with a sampled tail the entropy is that of the sample, and the value is too large by the difference.
+    fused: on CUDA, use the Triton kernels of `asr_kd.fused_losses` where they can be; False: never.
 
     Raises ValueError for shapes, lengths, class ids or settings that do not fit; class ids, lengths and the targets' mass are
     looked at on the CPU only, because elsewhere that would wait for the device.
@@ -140,7 +150,7 @@ def distillation_loss(
     if hard_weight == 0:
         hard_targets = None
     rows = _as_rows(soft_targets, hard_targets, valid)
-    settings = _Settings(float(temperature), float(hard_weight), kl)
+    settings = _Settings(float(temperature), float(hard_weight), kl, fused)
     flat = logits.reshape(-1, logits.shape[-1])
     # a compiler fuses the plain form itself
     losses = _row_losses(flat, rows, settings) if torch.compiler.is_compiling() else _RowLosses.of(flat, rows, settings)
@@ -156,7 +166,14 @@ class DistillationLoss(nn.Module):
     """
 
     def __init__(
-        self, temperature: float, hard_weight: float = 0.5, reduction: Reduction = "mean", *, allowed_len_diff: int = 0, kl: bool = False
+        self,
+        temperature: float,
+        hard_weight: float = 0.5,
+        reduction: Reduction = "mean",
+        *,
+        allowed_len_diff: int = 0,
+        kl: bool = False,
+        fused: bool = True,
     ) -> None:
         super().__init__()
         _check_temperature(temperature)
@@ -167,6 +184,7 @@ class DistillationLoss(nn.Module):
         self.reduction: Reduction = reduction
         self.allowed_len_diff = allowed_len_diff
         self.kl = kl
+        self.fused = fused
 
     def forward(
         self, logits: Tensor, soft_targets: Tensor | SparseTargets, hard_targets: Tensor | None = None, length: Tensor | None = None
@@ -182,6 +200,7 @@ class DistillationLoss(nn.Module):
             reduction=self.reduction,
             allowed_len_diff=self.allowed_len_diff,
             kl=self.kl,
+            fused=self.fused,
         )
 
     def extra_repr(self) -> str:
@@ -219,6 +238,7 @@ class _Settings(NamedTuple):
     temperature: float
     hard_weight: float
     kl: bool
+    fused: bool
 
 
 class _Rows(NamedTuple):
@@ -242,15 +262,19 @@ class _Rows(NamedTuple):
 class _RowLosses(torch.autograd.Function):
     """Losses (N,) of N frames; logits, the fields of `_Rows`, settings -> losses. Only the inputs are saved for the gradient."""
 
-    @classmethod
-    def of(cls, logits: Tensor, rows: _Rows, settings: _Settings) -> Tensor:
-        return cast(Tensor, cls.apply(logits, *rows, settings))  # type: ignore[no-untyped-call]
+    @staticmethod
+    def of(logits: Tensor, rows: _Rows, settings: _Settings) -> Tensor:
+        function = _EarlyGradient if _is_small(logits, rows) else _RowLosses
+        return cast(Tensor, function.apply(logits, *rows, settings))  # type: ignore[no-untyped-call]
 
     @staticmethod
     def forward(logits: Tensor, *args: Any) -> Tensor:
         rows, settings = _Rows(*args[:-1]), args[-1]
         if logits.device.type == "cpu":
             _check_values(rows, logits.shape[-1])
+        kernels = _fused_kernels(logits, rows, settings)
+        if kernels is not None:
+            return cast(Tensor, kernels.row_losses(logits, rows, settings))
         return torch.cat([_row_losses(logits[block], rows.block(block), settings) for block in _blocks(logits)])
 
     @staticmethod
@@ -265,6 +289,9 @@ class _RowLosses(torch.autograd.Function):
         others = (None,) * (len(_Rows._fields) + 1)
         if torch.is_grad_enabled():  # create_graph, or a torch.func transform: a form that autograd can differentiate again
             return _row_gradients(logits, rows, ctx.settings, weights).to(logits.dtype), *others
+        kernels = _fused_kernels(logits, rows, ctx.settings)
+        if kernels is not None:
+            return kernels.row_gradients(logits, rows, ctx.settings, weights), *others
         gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
         for block in _blocks(logits):
             gradient[block] = _row_gradients(logits[block], rows.block(block), ctx.settings, weights[block])
@@ -285,6 +312,65 @@ class _RowLosses(torch.autograd.Function):
         return losses.reshape(info.batch_size, -1), 0
 
 
+class _EarlyGradient(torch.autograd.Function):
+    """As `_RowLosses` for dense targets; the gradient is made beside the loss, with the same softmax, and kept."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, *args: Any) -> Tensor:
+        rows, settings = _Rows(*args[:-1]), args[-1]
+        mass = _check_values(rows, logits.shape[-1])
+        gradient = logits.new_empty(logits.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
+        losses = gradient.new_empty(len(logits))
+        for block in _blocks(logits):
+            losses[block] = _dense_losses(logits[block], rows.block(block), mass[block], settings, gradient=gradient[block])
+        ctx.save_for_backward(logits, *rows, gradient)
+        ctx.settings = settings
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        logits, *fields, gradient = ctx.saved_tensors
+        rows, (weights,) = _Rows(*fields), grad_outputs
+        others = (None,) * (len(_Rows._fields) + 1)
+        if torch.is_grad_enabled():
+            return _row_gradients(logits, rows, ctx.settings, weights).to(logits.dtype), *others
+        weights = weights if rows.valid is None else weights.masked_fill(~rows.valid, 0)
+        return (gradient * weights.unsqueeze(-1)).to(logits.dtype), *others
+
+
+def _is_small(logits: Tensor, rows: _Rows) -> bool:
+    """Whether `_EarlyGradient` fits: few dense targets on the CPU, and autograd alone asks for the gradient."""
+    wanted = logits.requires_grad and torch.is_grad_enabled() and rows.indices is None and 0 < logits.numel() <= EARLY_GRADIENT_ELEMENTS
+    return wanted and logits.device.type == "cpu" and not any(map(_is_wrapped, (logits, *rows)))
+
+
+def _fused_kernels(logits: Tensor, rows: _Rows, settings: _Settings) -> ModuleType | None:
+    """`asr_kd.fused_losses` if it can take this; None for the plain form."""
+    if not settings.fused or logits.device.type not in FUSED_DEVICES or _is_wrapped(logits):
+        return None
+    kernels = _working_kernels(logits.device)
+    return kernels if kernels is not None and kernels.supports(logits, rows) else None
+
+
+@functools.cache
+def _working_kernels(device: torch.device) -> ModuleType | None:
+    """`asr_kd.fused_losses` if Triton is installed and its kernels, on this device, agree with the plain form on a small case."""
+    try:
+        from asr_kd import fused_losses
+    except ImportError:
+        return None
+    logits = torch.arange(6.0, device=device).view(2, 3)
+    rows = _Rows(logits.softmax(-1), None, None, logits.argmin(-1), None)
+    settings, weights = _Settings(2.0, 0.5, True, True), torch.ones(2, device=device)
+    try:
+        torch.testing.assert_close(fused_losses.row_losses(logits, rows, settings), _row_losses(logits, rows, settings))
+        torch.testing.assert_close(fused_losses.row_gradients(logits, rows, settings, weights), _row_gradients(logits, rows, settings, weights))
+    except Exception as error:  # no C compiler, a device that Triton does not know, ...
+        warnings.warn(f"asr_kd.fused_losses does not work on {device}, the plain form is used: {type(error).__name__}: {error}", stacklevel=2)
+        return None
+    return fused_losses
+
+
 def _blocks(logits: Tensor) -> list[slice]:
     num_rows, num_classes = logits.shape
     elements = CPU_BLOCK_ELEMENTS if logits.device.type == "cpu" else max(MIN_BLOCK_ELEMENTS, logits.numel() // NUM_BLOCKS)
@@ -294,7 +380,7 @@ def _blocks(logits: Tensor) -> list[slice]:
 
 def _row_losses(logits: Tensor, rows: _Rows, settings: _Settings) -> Tensor:
     """(N, C) -> (N,), 0 at padding; made of ordinary operations, so that autograd and compilers can take it as it is."""
-    temperature, hard_weight, kl = settings
+    temperature, hard_weight, kl, _ = settings
     logits, rows = _without_padding(logits, rows)
     log_q = (logits * (1 / temperature)).log_softmax(-1)
     soft = _soft_cross_entropy(log_q, rows)
@@ -309,7 +395,7 @@ def _row_losses(logits: Tensor, rows: _Rows, settings: _Settings) -> Tensor:
 
 def _row_gradients(logits: Tensor, rows: _Rows, settings: _Settings, weights: Tensor) -> Tensor:
     """Gradient (N, C) of sum(weights * losses): weights * (T * (mass * q - p) + hard_weight * (softmax(z) - onehot(y)))."""
-    temperature, hard_weight, _ = settings
+    temperature, hard_weight, *_ = settings
     logits, rows = _without_padding(logits, rows)
     weights = (weights if rows.valid is None else weights.masked_fill(~rows.valid, 0)).to(logits.dtype).unsqueeze(-1)
     q = (logits * (1 / temperature)).softmax(-1)
@@ -329,6 +415,30 @@ def _row_gradients(logits: Tensor, rows: _Rows, settings: _Settings, weights: Te
         gradient = torch.addcmul(gradient, posteriors, hard_weight * weights)
         gradient = gradient.scatter_add(-1, rows.hard.unsqueeze(-1), -hard_weight * weights)
     return gradient
+
+
+def _dense_losses(logits: Tensor, rows: _Rows, mass: Tensor, settings: _Settings, *, gradient: Tensor) -> Tensor:
+    """(N, C) -> (N,); also fills `gradient` (N, C) with that of the losses' sum. `mass`: sum of the soft targets, (N,). Works in place."""
+    temperature, hard_weight, kl, _ = settings
+    logits, rows = _without_padding(logits, rows)
+    shifted = logits - logits.amax(-1, keepdim=True)  # the largest is 0, its posterior 1 / sum of exp
+    tempered = shifted * (1 / temperature)
+    q = torch.softmax(tempered, -1, out=gradient)
+    soft = -mass * q.amax(-1).log() - tempered.clamp_(min=torch.finfo(q.dtype).min).mul_(rows.probabilities).sum(-1)  # 0 * -inf = 0
+    if kl:
+        soft -= _entropy(rows, logits.shape[-1])
+    losses = temperature**2 * soft
+    gradient.mul_((temperature * mass).unsqueeze(-1)).sub_(rows.probabilities, alpha=temperature)
+    if rows.hard is not None:
+        hard = rows.hard.unsqueeze(-1)
+        log_hard = shifted.gather(-1, hard).squeeze(-1)
+        posteriors = shifted.softmax(-1)
+        losses -= hard_weight * (log_hard + posteriors.amax(-1).log())
+        gradient.add_(posteriors, alpha=hard_weight).scatter_add_(-1, hard, gradient.new_full(hard.shape, -hard_weight))
+    if rows.valid is not None:
+        gradient.masked_fill_(~rows.valid.unsqueeze(-1), 0)
+        losses.masked_fill_(~rows.valid, 0)
+    return losses
 
 
 def _soft_cross_entropy(log_q: Tensor, rows: _Rows) -> Tensor:
@@ -466,23 +576,29 @@ def _can_look_at(tensor: Tensor) -> bool:
     """Whether a value can decide something in Python: not in a compiler or a torch.func transform, not without waiting for a device."""
     if torch.compiler.is_compiling() or tensor.device.type != "cpu":
         return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return not _is_wrapped(tensor)
 
 
-def _check_values(rows: _Rows, num_classes: int) -> None:
-    """Class ids in range; dense soft targets that look like probabilities. Padding is left out."""
+def _is_wrapped(tensor: Tensor | None) -> bool:
+    """Whether a torch.func transform is looking at this tensor."""
+    return tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def _check_values(rows: _Rows, num_classes: int) -> Tensor:
+    """Class ids in range; dense soft targets that look like probabilities. Padding is left out. Returns the listed mass of each frame, (N,)."""
     for name, ids in (("hard targets", rows.hard), ("sparse indices", rows.indices)):
         if ids is not None:
             held = ids if rows.valid is None else ids[rows.valid]
             if held.numel() and not 0 <= int(held.min()) <= int(held.max()) < num_classes:
                 raise ValueError(f"{name} hold class ids {int(held.min())} to {int(held.max())}; expected 0 to {num_classes - 1}")
+    mass = rows.probabilities.sum(-1, dtype=torch.promote_types(rows.probabilities.dtype, torch.float32))
     if rows.indices is None:
-        mass = rows.probabilities.sum(-1, dtype=torch.float32)
         wrong = ~((mass - 1).abs() <= MASS_TOLERANCE)
         wrong = wrong if rows.valid is None else wrong & rows.valid
         if bool(wrong.any()):
             frame = int(wrong.nonzero()[0])
             raise ValueError(f"soft targets of frame {frame} of {len(mass)} sum to {mass[frame]:g}; expected probabilities, softmax(logits / T)")
+    return mass
 
 
 def _check_temperature(temperature: float) -> None:

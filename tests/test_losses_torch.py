@@ -1,6 +1,8 @@
 """The losses within torch and SpeechBrain: autocast, compile, vmap, DistributedDataParallel, memory, CTC and seq2seq heads."""
 
 import doctest
+import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -68,14 +70,26 @@ def test_a_linear_layer_under_autocast_gets_the_float32_gradient_up_to_rounding(
     assert (found[1] - found[0]).norm() < 0.01 * found[0].norm()
 
 
-@pytest.mark.parametrize("sparse", [False, True])
-def test_compiles_to_one_graph(sparse: bool) -> None:
+def has_cpp_compiler() -> bool:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return bool(get_cpp_compiler())
+    except InvalidCxxCompiler:
+        return False
+
+
+@pytest.mark.parametrize(("backend", "sparse"), [("aot_eager", False), ("aot_eager", True), ("inductor", False)])
+def test_compiles_to_one_graph(backend: str, sparse: bool) -> None:
+    if backend == "inductor" and not has_cpp_compiler():
+        pytest.skip("torch.compile's inductor needs a C++ compiler; none was found")
     logits, soft, hard = random_case((2, 6, 9))
     top, indices = soft.topk(3)
     target = SparseTargets(indices, top, 1 - top.sum(-1)) if sparse else soft
     length = torch.tensor([1.0, 0.5])
     module = DistillationLoss(temperature=2.0, kl=True)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
     expected, loss = module(logits, target, hard, length), compiled(logits, target, hard, length)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient(loss, logits), gradient(expected, logits))
@@ -173,6 +187,48 @@ def test_memory_beside_input_and_gradient_is_below_one_copy_of_the_logits(monkey
         assert peak_in_logits(lambda z, p=target: distillation_loss(z, p, hard, temperature=2.0), logits) < 2
 
 
+def test_small_batches_on_a_cpu_keep_their_gradient_and_it_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against the form that computes it in the backward pass: padding with NaN, masked classes, half precision, a second backward pass."""
+    logits, soft, hard = random_case((3, 6, 9))
+    length = torch.tensor([1.0, 0.5, 0.7])
+    with torch.no_grad():
+        logits[..., 2], soft[..., 2] = -torch.inf, 0.0
+        soft /= soft.sum(-1, keepdim=True)
+        logits[1, 3:], soft[1, 3:] = torch.nan, torch.nan
+    for dtype, temperature, labels in ((torch.float32, 2.0, hard % 2), (torch.bfloat16, 1.0, hard % 2), (torch.float64, 0.7, None)):
+        z = logits.detach().to(dtype).requires_grad_()
+        found = []
+        for elements in (losses.EARLY_GRADIENT_ELEMENTS, 0):
+            monkeypatch.setattr(losses, "EARLY_GRADIENT_ELEMENTS", elements)
+            for reduction in ("mean", "none"):
+                loss = distillation_loss(z, soft, labels, length, temperature=temperature, reduction=reduction, kl=True)
+                weights = torch.linspace(-1, 2, loss.numel()).view_as(loss)
+                if reduction == "none":
+                    weights[1, 3:] = torch.nan  # padding again
+                once = torch.autograd.grad(loss, z, weights, retain_graph=True)[0]
+                torch.testing.assert_close(torch.autograd.grad(loss, z, weights)[0], once, rtol=0, atol=0)
+                found.append((loss.grad_fn is not None, loss, once))
+            monkeypatch.undo()
+        for early, late in zip(found[:2], found[2:], strict=True):
+            torch.testing.assert_close(early, late)
+
+
+def test_which_form_computes_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    dense_losses = losses._dense_losses
+    monkeypatch.setattr(losses, "_dense_losses", lambda *args, **kwargs: (made.append(1), dense_losses(*args, **kwargs))[1])
+    logits, soft, hard = random_case((3, 9))
+    distillation_loss(logits, soft, hard, temperature=2.0)
+    assert len(made) == 1
+    with torch.no_grad():
+        distillation_loss(logits, soft, hard, temperature=2.0)
+    distillation_loss(logits.detach(), soft, hard, temperature=2.0)
+    distillation_loss(logits, SparseTargets(hard.unsqueeze(-1), torch.ones(3, 1)), hard, temperature=2.0)
+    monkeypatch.setattr(losses, "EARLY_GRADIENT_ELEMENTS", logits.numel() - 1)
+    distillation_loss(logits, soft, hard, temperature=2.0)
+    assert len(made) == 1
+
+
 def test_one_hot_targets_at_temperature_one_are_speechbrains_nll_loss() -> None:
     from speechbrain.nnet.losses import nll_loss
 
@@ -262,4 +318,11 @@ def test_documentation_runs() -> None:
 def test_losses_import_nothing_but_torch() -> None:
     source = Path(losses.__file__).read_text(encoding="utf-8")
     imported = {line.split()[1].split(".")[0] for line in source.splitlines() if line.startswith(("import ", "from "))}
-    assert imported <= {"torch", "math", "typing", "collections", "__future__"}
+    assert imported - sys.stdlib_module_names == {"torch"}
+
+
+def test_the_kernels_are_not_imported_with_the_losses_nor_by_their_use_on_a_cpu() -> None:
+    code = "import sys, torch; from asr_kd import losses; losses.DistillationLoss(2.0)(torch.zeros(1, 2), torch.full((1, 2), 0.5)); print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "asr_kd.losses" in modules
+    assert not {"asr_kd.fused_losses", "triton", "speechbrain"} & set(modules)

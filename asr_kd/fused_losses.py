@@ -1,0 +1,222 @@
+"""The loss of `asr_kd.losses` and its gradient as Triton kernels, one program per frame.
+
+`row_losses` and `row_gradients` take and return what `_row_losses` and `_row_gradients` of `asr_kd.losses` do, their reference.
+Softmax and sums are done in float32. Nothing of size (N, C) exists beside input and result: the classes of a frame are worked
+through in blocks with a running maximum (Milakov & Gimelshein 2018, arXiv 1805.02867), and sparse targets become dense block by
+block, on the chip. The loss takes one pass over the classes, the gradient two.
+
+Importing this module needs Triton; `asr_kd.losses` does so with the first logits on a CUDA device.
+"""
+
+# Inside the kernels there are Triton's values, which have no static types.
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls, allow-untyped-decorators
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton  # type: ignore[import-untyped,import-not-found,unused-ignore]
+import triton.language as tl  # type: ignore[import-untyped,import-not-found,unused-ignore]
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from asr_kd.losses import _Rows, _Settings
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Each class is compared with each listed one, which is cheap for a few dozen of them.
+MAX_LISTED = 128
+MAX_BLOCK = 4096
+LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+
+
+def supports(logits: Tensor, rows: _Rows) -> bool:
+    """Whether the kernels take logits (N, C) of this type and targets of this form."""
+    return logits.dtype in DTYPES and logits.numel() > 0 and (rows.indices is None or rows.indices.shape[-1] <= MAX_LISTED)
+
+
+def row_losses(logits: Tensor, rows: _Rows, settings: _Settings) -> Tensor:
+    """Losses of N frames, (N, C) -> (N,) float32, 0 at padding; NaN where a class id is out of range."""
+    losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    _launch(_loss_kernel, losses, logits, rows, settings, KL=settings.kl)
+    return losses
+
+
+def row_gradients(logits: Tensor, rows: _Rows, settings: _Settings, weights: Tensor) -> Tensor:
+    """Gradient (N, C) of sum(weights * losses) in the logits' type, rounded once; weights: (N,)."""
+    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _launch(_gradient_kernel, gradient, logits, rows, settings, weights_ptr=weights.contiguous())
+    return gradient
+
+
+def _launch(kernel: Any, result: Tensor, logits: Tensor, rows: _Rows, settings: _Settings, **arguments: Any) -> None:
+    num_rows, num_classes = logits.shape
+    logits, soft = (t if t.stride(-1) == 1 else t.contiguous() for t in (logits, rows.probabilities))
+    indices, tail, hard, valid = (None if t is None else t.contiguous() for t in rows[1:])
+    block = min(MAX_BLOCK, triton.next_power_of_2(num_classes))
+    with torch.cuda.device_of(logits):  # Triton launches on the current device
+        kernel[(num_rows,)](
+            result,
+            logits,
+            soft,
+            indices,
+            tail,
+            hard,
+            valid,
+            logits.stride(0),
+            soft.stride(0),
+            settings.temperature,
+            settings.hard_weight,
+            **arguments,
+            NUM_CLASSES=num_classes,
+            NUM_LISTED=0 if indices is None else indices.shape[-1],
+            BLOCK=block,
+            num_warps=8 if block == MAX_BLOCK else 4,
+        )
+
+
+@triton.jit
+def _loss_kernel(
+    loss_ptr,
+    logits_ptr,
+    soft_ptr,
+    index_ptr,
+    tail_ptr,
+    hard_ptr,
+    valid_ptr,
+    logits_stride,
+    soft_stride,
+    temperature,
+    hard_weight,
+    KL: tl.constexpr,
+    NUM_CLASSES: tl.constexpr,
+    NUM_LISTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One frame's loss."""
+    row = tl.program_id(0).to(tl.int64)
+    if valid_ptr is not None:  # noqa: SIM102 (decided by the compiler)
+        if tl.load(valid_ptr + row) == 0:
+            tl.store(loss_ptr + row, 0.0)
+            return
+    logits_ptr += row * logits_stride
+    soft_ptr += row * soft_stride
+    each = _each_unlisted(tail_ptr, row, NUM_CLASSES, NUM_LISTED)
+    top, soft_sum, hard_sum, mass, score, negative_entropy = _sums(logits_ptr, soft_ptr, index_ptr, row, each, temperature, NUM_CLASSES, NUM_LISTED, BLOCK)
+    if index_ptr is not None:  # classes listed twice add up in the loss; the entropy is that of the list, as in the reference
+        negative_entropy = (NUM_CLASSES - NUM_LISTED) * _p_log_p(each)
+        for j in range(NUM_LISTED):
+            negative_entropy += _p_log_p(tl.load(soft_ptr + j).to(tl.float32))
+            index = tl.load(index_ptr + row * NUM_LISTED + j)
+            mass = tl.where((index >= 0) & (index < NUM_CLASSES), mass, float("nan"))
+    soft_loss = mass * tl.log(soft_sum) - score
+    if KL:
+        soft_loss += negative_entropy
+    loss = temperature * temperature * soft_loss
+    if hard_ptr is not None:
+        hard = tl.load(hard_ptr + row)
+        in_range = (hard >= 0) & (hard < NUM_CLASSES)
+        logit = tl.load(logits_ptr + hard, mask=in_range, other=float("nan")).to(tl.float32)
+        loss += hard_weight * (tl.log(hard_sum) - (logit - top))
+    tl.store(loss_ptr + row, loss)
+
+
+@triton.jit
+def _gradient_kernel(
+    gradient_ptr,
+    logits_ptr,
+    soft_ptr,
+    index_ptr,
+    tail_ptr,
+    hard_ptr,
+    valid_ptr,
+    logits_stride,
+    soft_stride,
+    temperature,
+    hard_weight,
+    weights_ptr,
+    NUM_CLASSES: tl.constexpr,
+    NUM_LISTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One frame of weights * (T * (mass * q - p) + hard_weight * (softmax(z) - onehot(y)))."""
+    row = tl.program_id(0).to(tl.int64)
+    gradient_ptr += row * NUM_CLASSES
+    if valid_ptr is not None:  # noqa: SIM102 (decided by the compiler)
+        if tl.load(valid_ptr + row) == 0:
+            for start in range(0, NUM_CLASSES, BLOCK):
+                classes = start + tl.arange(0, BLOCK)
+                tl.store(gradient_ptr + classes, tl.zeros([BLOCK], tl.float32), mask=classes < NUM_CLASSES)
+            return
+    logits_ptr += row * logits_stride
+    soft_ptr += row * soft_stride
+    each = _each_unlisted(tail_ptr, row, NUM_CLASSES, NUM_LISTED)
+    top, soft_sum, hard_sum, mass, _, _ = _sums(logits_ptr, soft_ptr, index_ptr, row, each, temperature, NUM_CLASSES, NUM_LISTED, BLOCK)
+    weight = tl.load(weights_ptr + row).to(tl.float32)
+    for start in range(0, NUM_CLASSES, BLOCK):
+        classes = start + tl.arange(0, BLOCK)
+        shifted = tl.load(logits_ptr + classes, mask=classes < NUM_CLASSES, other=float("-inf")).to(tl.float32) - top
+        p = _probabilities(soft_ptr, index_ptr, row, each, classes, NUM_CLASSES, NUM_LISTED, BLOCK)
+        gradient = temperature * (mass / soft_sum * tl.exp(shifted / temperature) - p)
+        if hard_ptr is not None:
+            posteriors = tl.exp(shifted) / hard_sum
+            gradient += hard_weight * tl.where(classes == tl.load(hard_ptr + row), posteriors - 1, posteriors)
+        tl.store(gradient_ptr + classes, weight * gradient, mask=classes < NUM_CLASSES)
+
+
+@triton.jit
+def _sums(logits_ptr, soft_ptr, index_ptr, row, each, temperature, NUM_CLASSES: tl.constexpr, NUM_LISTED: tl.constexpr, BLOCK: tl.constexpr):
+    """One pass over a frame: the largest logit, sum of exp((z - top) / T), of exp(z - top), of p, of p * (z - top) / T, of p * log p.
+
+    The last sums only move away from 0 as the maximum grows, so that nothing cancels.
+    """
+    top = float("-inf")
+    soft_sum = 0.0
+    hard_sum = 0.0
+    mass = 0.0
+    score = 0.0
+    negative_entropy = 0.0
+    for start in range(0, NUM_CLASSES, BLOCK):
+        classes = start + tl.arange(0, BLOCK)
+        z = tl.load(logits_ptr + classes, mask=classes < NUM_CLASSES, other=float("-inf")).to(tl.float32)
+        p = _probabilities(soft_ptr, index_ptr, row, each, classes, NUM_CLASSES, NUM_LISTED, BLOCK)
+        new_top = tl.maximum(top, tl.max(z, 0))
+        shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # all classes so far are masked
+        drop = tl.where(top == float("-inf"), 0.0, top - shift)
+        soft_sum = soft_sum * tl.exp(drop / temperature) + tl.sum(tl.exp((z - shift) / temperature), 0)
+        hard_sum = hard_sum * tl.exp(drop) + tl.sum(tl.exp(z - shift), 0)
+        score += mass * drop / temperature + tl.sum(p * tl.maximum((z - shift) / temperature, LOWEST), 0)  # 0 * -inf = 0
+        mass += tl.sum(p, 0)
+        negative_entropy += tl.sum(_p_log_p(p), 0)
+        top = new_top
+    return top, tl.where(soft_sum > 0, soft_sum, float("nan")), hard_sum, mass, score, negative_entropy
+
+
+@triton.jit
+def _probabilities(soft_ptr, index_ptr, row, each, classes, NUM_CLASSES: tl.constexpr, NUM_LISTED: tl.constexpr, BLOCK: tl.constexpr):
+    """Soft targets of a block of classes, 0 beyond the last one."""
+    if index_ptr is None:
+        p = tl.load(soft_ptr + classes, mask=classes < NUM_CLASSES, other=0.0).to(tl.float32)
+    else:
+        p = tl.zeros([BLOCK], tl.float32)
+        listed = classes < 0
+        for j in range(NUM_LISTED):
+            here = classes == tl.load(index_ptr + row * NUM_LISTED + j)
+            p += tl.where(here, tl.load(soft_ptr + j).to(tl.float32), 0.0)
+            listed |= here
+        p = tl.where(listed | (classes >= NUM_CLASSES), p, each)
+    return p
+
+
+@triton.jit
+def _each_unlisted(tail_ptr, row, NUM_CLASSES: tl.constexpr, NUM_LISTED: tl.constexpr):
+    """Probability of each class that is not listed."""
+    each = 0.0
+    if tail_ptr is not None:
+        each = tl.load(tail_ptr + row).to(tl.float32) / tl.maximum(NUM_CLASSES - NUM_LISTED, 1)
+    return each
+
+
+@triton.jit
+def _p_log_p(p):
+    return tl.where(p > 0, p * tl.log(tl.where(p > 0, p, 1.0)), 0.0)
