@@ -1,18 +1,17 @@
 """How fast features are: filterbanks beside torchaudio's, a whole split from audio to store, windows per second.
 
-    python -m tests.benchmarks.features SPLIT --data_folder DATA_FOLDER
+    python -m tests.benchmarks features SPLIT --data_folder DATA_FOLDER
 
-Times are of one thread's CPU clock, so that other work on the machine disturbs them less; prints one JSON object.
+Times are of one thread's CPU clock, so that other work on the machine disturbs them less.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +21,7 @@ from asr_kd.audio import read_audio
 from asr_kd.features import BATCH_UTTERANCES, Windows, extract_features, fbank
 from asr_kd.frames import FrameStore
 from asr_kd.manifest import load_split
+from tests.benchmarks.measure import show
 
 
 def best_cpu_s(work: Callable[[], object], repeats: int = 5) -> float:
@@ -35,13 +35,13 @@ def best_cpu_s(work: Callable[[], object], repeats: int = 5) -> float:
     return min(times)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("split")
     parser.add_argument("--data_folder", type=Path, default=Path("."))
-    arguments = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    utterances, _ = load_split(arguments.split, arguments.data_folder)
+    utterances, _ = load_split(options.split, options.data_folder)
     waveforms = [read_audio(utterance.wav) for utterance in utterances[:64]]
     batches = [waveforms[start:start + BATCH_UTTERANCES] for start in range(0, len(waveforms), BATCH_UTTERANCES)]
     ours_s = best_cpu_s(lambda: [fbank(batch) for batch in batches])
@@ -59,7 +59,7 @@ def main() -> None:
             gather_s = best_cpu_s(lambda windows=windows, frame_indices=frame_indices: [windows.gather(batch) for batch in frame_indices])
             figures[f"windows_per_s_{dtype}"] = frame_indices.numel() / gather_s
     figures["peak_memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    print(json.dumps({name: round(value, 2) for name, value in figures.items()}, indent=1))
+    show(figures)
 
 
 if __name__ == "__main__":

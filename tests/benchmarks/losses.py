@@ -1,4 +1,4 @@
-"""Time and memory of the distillation loss, forward and backward: `python -m tests.benchmarks.losses`; prints JSON.
+"""Time and memory of the distillation loss, forward and backward: `python -m tests.benchmarks losses`.
 
 Targets are made beforehand: a row's memory is what forward and backward add to the resident set that holds logits and targets, at
 its peak (Linux only), as a multiple of the logits' own size, the gradient (1.0) included. Times are CPU times of one thread.
@@ -7,9 +7,8 @@ its peak (Linux only), as a multiple of the logits' own size, the gradient (1.0)
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from asr_kd.losses import SparseTargets, distillation_loss
+from tests.benchmarks.measure import show
 
 TEMPERATURE = 2.0
 TOP_K = 32
@@ -78,19 +78,19 @@ def measure(form: str, frames: int, classes: int, repeats: int) -> dict[str, obj
     return {"form": form, "frames": frames, "classes": classes, "ms": round(1e3 * min(times), 2), "added_in_logits": round(added, 2)}
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", nargs="*", default=["512x1200", "2048x1200", "1024x14000"], help="frames x classes")
     parser.add_argument("--forms", nargs="*", default=FORMS, choices=FORMS)
     parser.add_argument("--repeats", type=int, default=10)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     for form in options.forms:  # code and tables in memory
         loss_of(form, 8, 64)(torch.zeros(8, 64, requires_grad=True)).backward()
     for size in options.sizes:
         frames, classes = (int(number) for number in size.split("x"))
         for form in options.forms:
-            print(json.dumps(measure(form, frames, classes, options.repeats)), flush=True)
+            show(measure(form, frames, classes, options.repeats))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """What soft targets cost: time to write and read them, and frame accuracy of students that learn from their small forms.
 
-    python -m tests.benchmarks.soft_targets speed                 one network shape; rates beside the forward passes and the training step
-    python -m tests.benchmarks.soft_targets corpus --features F --targets A --dev_features F2 --dev_targets A2
-    python -m tests.benchmarks.soft_targets simulation            14,000 simulated states
+    python -m tests.benchmarks soft_targets speed                 one network shape; rates beside the forward passes and the training step
+    python -m tests.benchmarks soft_targets corpus --features F --targets A --dev_features F2 --dev_targets A2
+    python -m tests.benchmarks soft_targets simulation            14,000 simulated states
 
 The last two train one student per form (dense, compact, sparse, truncated to the top k at equal bytes) and temperature from the same seed and
-batches; each prints one JSON object.
+batches.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from asr_kd.precision import matmul_rate
 from asr_kd.schedule import ScheduleSettings
 from asr_kd.soft_targets import NumberedFrames, SoftTargetRecord, SoftTargetStore, Teachers, extract
 from asr_kd.training import SoftTargets, TrainingSettings, train
+from tests.benchmarks.measure import show
 
 CPU = torch.device("cpu")
 
@@ -229,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for option in ("features", "targets", "dev_features", "dev_targets") if name == "corpus" else ():
             mode.add_argument(f"--{option}", type=Path, required=True)
     options = parser.parse_args(arguments)
-    print(json.dumps(options.run(options), indent=1))
+    show(options.run(options))
 
 
 if __name__ == "__main__":

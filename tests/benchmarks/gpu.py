@@ -1,0 +1,130 @@
+"""The paper's network (8 x 2560, 14,000 states) on one GPU: `python -m tests.benchmarks gpu`, at most 8 minutes, no network access.
+
+A student with sparse soft targets, ten teachers trained together, extraction by the ten; then the same at the size of mini.yaml. Each
+stands beside the matrix products of the same step alone, measured in the same process. The measured steps run with
+`torch.cuda.set_sync_debug_mode("error")`: one that waits for the device fails. Without a GPU nothing is measured; `--device cpu --tiny`
+runs every path at a size that means nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from asr_kd.ensemble import Ensemble
+from asr_kd.frame_data import FrameData
+from asr_kd.model import ModelShape
+from asr_kd.precision import precision_context
+from asr_kd.soft_targets import SoftTargetRecord, extract
+from tests.benchmarks.measure import machine, made_up_frames, now, products_s, show, step_operations
+from tests.benchmarks.training import soft_target_store, trainer_step
+
+SIZES = {"paper": ModelShape(1040, 8, 2560, 14_000, 0.1), "mini": ModelShape(1040, 4, 512, 1200, 0.1), "tiny": ModelShape(1040, 2, 32, 64, 0.1)}
+BUDGET_S = 450.0
+
+
+@contextmanager
+def no_waiting(device: torch.device) -> Iterator[None]:
+    """Raise when anything inside waits for the GPU."""
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def step_s(step: Callable[[], None], device: torch.device, duration_s: float) -> float:
+    """Mean seconds per step over a stretch of steps that never waits for the device."""
+    for _ in range(3):
+        step()
+    start = now(device)
+    step()
+    count = max(2, round(duration_s / max(1e-4, now(device) - start)))
+    start = now(device)
+    with no_waiting(device):
+        for _ in range(count):
+            step()
+    return (now(device) - start) / count
+
+
+def training(name: str, shape: ModelShape, members: int, batch: int, data: FrameData, folder: Path, duration_s: float, form: str | None) -> dict[str, Any]:
+    """Rate of training, with sparse soft targets or hard ones."""
+    device = data.device
+    soft_targets = None if form is None else soft_target_store(folder / f"soft-{name}", data, shape, form, "bf16")
+    step = trainer_step(Ensemble(shape, range(members)).to(device), data, soft_targets, "bf16", batch, folder)
+    with precision_context("bf16", device):
+        seconds = step_s(step, device, duration_s)
+    del step
+    limit_s = products_s(shape, members, batch, "bf16", device)
+    operations = step_operations(shape, members, batch)
+    return {"what": name, "members": members, "batch_frames": batch, "model_frames_per_s": members * batch / seconds, "tflops": operations / seconds / 1e12,
+            "limit_tflops": operations / limit_s / 1e12, "share_of_limit": limit_s / seconds} | peak_gb(device)
+
+
+def extraction(name: str, shape: ModelShape, members: int, data: FrameData, folder: Path, form: str) -> dict[str, Any]:
+    """Rate at which the teachers' soft targets are written, beside their forward products."""
+    device, record = data.device, SoftTargetRecord(2.0, "arithmetic", shape.num_states, "t", "f", "s")
+    teachers = Ensemble(shape, range(members)).to(device)
+    start = now(device)
+    extract(teachers, data, folder / f"extracted-{name}", record, seed=0, device=device, form=form, precision="bf16")  # type: ignore[arg-type]
+    seconds = (now(device) - start) / data.num_frames
+    limit_s = products_s(shape, members, 4096, "bf16", device, backward=False) / 4096
+    figures = {"what": name, "members": members, "frames_per_s": 1 / seconds, "limit_frames_per_s": 1 / limit_s, "share_of_limit": limit_s / seconds}
+    return figures | peak_gb(device)
+
+
+def measurements(size: str, members: int, batch: int, frames: int, duration_s: float, device: torch.device,
+                 folder: Path) -> list[Callable[[], dict[str, Any]]]:
+    """Everything that is measured at a size."""
+    shape = SIZES[size]
+    data, fewer = made_up_frames(folder, shape, frames, device), made_up_frames(folder / "few", shape, frames // 4, device)
+    return [lambda: training(f"{size} student, sparse targets", shape, 1, batch, data, folder, duration_s, "sparse"),
+            lambda: training(f"{size} teachers", shape, members, batch, data, folder, duration_s, None),
+            lambda: extraction(f"{size} extraction, sparse", shape, members, fewer, folder, "sparse")]
+
+
+def peak_gb(device: torch.device) -> dict[str, float]:
+    """Peak of the GPU's memory since it was last asked for."""
+    if device.type != "cuda":
+        return {}
+    peak = torch.cuda.max_memory_allocated(device) / 1e9
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return {"peak_gb": peak}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="run every path at a size that means nothing")
+    parser.add_argument("--members", type=int, default=10)
+    parser.add_argument("--batch", type=int, default=2048)
+    parser.add_argument("--duration_s", type=float, default=15.0, help="of each measurement")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        show({"gpu": "not measured: torch finds no CUDA device"})
+        return
+    device, start = torch.device(options.device), time.monotonic()
+    batch, frames, duration_s = (64, 2400, 0.01) if options.tiny else (options.batch, 240_000, options.duration_s)
+    show(machine(device))
+    for size in ("tiny",) if options.tiny else ("paper", "mini"):
+        with tempfile.TemporaryDirectory() as folder:
+            for measurement in measurements(size, options.members, batch, frames, duration_s, device, Path(folder)):
+                if time.monotonic() - start > BUDGET_S:
+                    show({"what": f"{size}: the rest is not measured, {BUDGET_S:g} s are over"})
+                    return
+                show(measurement())
+
+
+if __name__ == "__main__":
+    main()
