@@ -99,8 +99,9 @@ class Settings:
                 raise AsrKdError(f"settings: {name} is {getattr(self, name)}, expected a number above 0")
         if self.student_speeds is not None and (not self.student_speeds or not set(self.student_speeds) <= {1.0, *self.speeds}):
             raise AsrKdError(f"settings: student_speeds is {self.student_speeds}, expected some of speeds, {self.speeds}")
-        if self.hard_weight < 0:
-            raise AsrKdError(f"settings: hard_weight is {self.hard_weight}, expected 0 or more")
+        for name in ("hard_weight", "frames_in_memory_gb"):
+            if getattr(self, name) < 0:
+                raise AsrKdError(f"settings: {name} is {getattr(self, name)}, expected 0 or more")
         choices = {
             "cmvn": ("speaker", "utterance", "corpus", "none"),
             "precision": ("auto", "fp32", "bf16"),

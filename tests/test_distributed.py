@@ -207,3 +207,68 @@ def test_extraction_by_two_processes_is_that_of_one(tmp_path: Path, form: str) -
     extract(Ensemble(SHAPE, [1, 2]), data, tmp_path / "soft", record, seed=0, device=torch.device("cpu"), form=form, bytes_per_frame=16)
     assert not list((tmp_path / "soft").glob("shard*"))  # by another number of processes it is made anew
     assert (tmp_path / "soft" / "frames.npy").read_bytes() == (tmp_path / "alone" / "frames.npy").read_bytes()
+
+
+def test_torchrun_runs_the_recipe(tmp_path: Path) -> None:
+    """Two processes make what one process then finds finished; training streams its frames."""
+    pytest.importorskip("espeakng_loader", reason="the synthetic corpus needs espeak-ng: pip install -e '.[demo]'")
+    from test_recipe import command
+
+    from asr_kd.stage import read_json
+
+    words, environment = command(tmp_path / "out", "--frames_in_memory_gb", "0"), {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*TORCHRUN, *words[1:]], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(str(tmp_path / "out" / "report.html")) == 1
+    for systems in read_json(tmp_path / "out" / "results.json")["splits"].values():
+        assert systems["ensemble"]["frame_accuracy"] > systems["baseline"]["frame_accuracy"] > 0.1
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("record.json")}
+    again = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("record.json")} == before
+
+
+def test_torchrun_says_once_what_is_wrong(tmp_path: Path) -> None:
+    done = subprocess.run([*TORCHRUN, "-m", "asr_kd.cli", "train", str(tmp_path / "none.yaml")], env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert sum(line.startswith("asr-kd: ") for line in done.stderr.splitlines()) == 1
+
+
+TRAINING = """
+    from test_training import SETTINGS, SHAPE, Ensemble, load, replace, train, training
+    from asr_kd.distributed import rank
+    training._CHECK_STEPS = 1
+    step = training._Trainer._step
+    def dying(self, batch):
+        if self.step == LAST_STEP and rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        step(self, batch)
+    training._Trainer._step = dying
+    networks = Ensemble(replace(SHAPE, dropout=0.0), [1, 2])
+    data, heldout = load(folder / "train", tuple("abcdef")), load(folder / "heldout", tuple("xyz"))
+    train(networks, data, heldout, folder / "out", replace(SETTINGS, checkpoint_interval_s=0.0), seed=7)
+    networks.save(folder / f"networks{rank()}")
+"""
+
+
+def test_training_goes_on_after_one_of_two_processes_was_killed(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from test_training import SETTINGS, SHAPE, make_data
+
+    from asr_kd.ensemble import Ensemble
+    from asr_kd.training import train
+
+    data, heldout = make_data(tmp_path / "train", 1), make_data(tmp_path / "heldout", 2, ("x", "y", "z"))
+    ended = together(TRAINING.replace("LAST_STEP", "13"), tmp_path)
+    assert ended[1].returncode == -signal.SIGKILL
+    assert ended[0].returncode == 2
+    assert len(messages(ended)) == 1
+    assert torch.load(tmp_path / "out" / "checkpoint.pt")["step"] == 13
+    ok(together(TRAINING.replace("LAST_STEP", "-1"), tmp_path))
+    alone = Ensemble(replace(SHAPE, dropout=0.0), [1, 2])
+    train(alone, data, heldout, tmp_path / "alone", SETTINGS, seed=7)
+    for number in range(2):
+        for one, two in zip(alone.parameters(), Ensemble.load(tmp_path / f"networks{number}").parameters(), strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=1e-3)
