@@ -76,6 +76,9 @@ def test_two_teachers_and_a_student(recipe: ModuleType, corpus: Path, tmp_path: 
     by_hand = ((first(features) / 2).softmax(-1) + (second(features) / 2).softmax(-1)) / 2
     torch.testing.assert_close(recipe.teacher_posteriors([first, second], features, 2.0), by_hand)
     assert not torch.equal(first(features), second(features))
+    (test,) = run(recipe, corpus, tmp_path / "ensemble", teachers=f"[{teachers[0]}, {teachers[1]}]", number_of_epochs=0)
+    assert "test WER" in test
+    assert not (tmp_path / "ensemble" / recipe.WEIGHTS).exists()
     again = run(recipe, corpus, teachers[0], seed=1, number_of_epochs=2)  # continues where the first run ended
     assert [line.split(",")[0] for line in again if "train loss" in line] == ["epoch: 1", "epoch: 2"]
 
@@ -97,6 +100,20 @@ def test_the_loss_of_a_student(recipe: ModuleType) -> None:
     torch.testing.assert_close(loss, 0.25 * ctc + 9 * (frames[0].sum() + frames[1, :20].sum()) / 60)
     brain.hparams.teachers = []
     torch.testing.assert_close(brain.compute_objectives((features, log_probs, length), batch, Stage.TRAIN), ctc)
+
+
+def test_an_ensemble_is_the_mean_of_its_teachers_posteriors(recipe: ModuleType) -> None:
+    torch.manual_seed(0)
+    teachers = [torch.nn.Linear(40, 5) for _ in range(3)]
+    brain = object.__new__(recipe.Ensemble)
+    brain.device, brain.modules = "cpu", SimpleNamespace(model=teachers[0])
+    brain.hparams = SimpleNamespace(fbank=lambda x: x, normalize=lambda x, _: x, log_softmax=torch.nn.LogSoftmax(-1), teachers=teachers)
+    features = torch.randn(1, 7, 40)
+    batch = PaddedBatch([{"sig": features[0]}])
+    _, log_probs, length = brain.compute_forward(batch, Stage.TEST)
+    by_hand = sum(teacher(features).softmax(-1) for teacher in teachers) / 3
+    torch.testing.assert_close(log_probs.exp(), by_hand)
+    assert length.tolist() == [1.0]
 
 
 def test_a_teacher_that_was_not_trained(recipe: ModuleType, tmp_path: Path) -> None:

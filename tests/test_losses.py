@@ -34,6 +34,14 @@ def top_and_tail(probabilities: Tensor, k: int) -> SparseTargets:
     return SparseTargets(indices, top, 1 - top.sum(-1))
 
 
+@pytest.fixture(params=["kept", "computed anew"])
+def gradient_is(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of dense targets made in the forward pass, as for small batches, or in the backward pass, as for large ones."""
+    if request.param == "computed anew":
+        monkeypatch.setattr(losses, "EARLY_GRADIENT_ELEMENTS", 0)
+
+
+@pytest.mark.usefixtures("gradient_is")
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 10.0])
 def test_value_and_gradient_are_those_of_the_paper(temperature: float) -> None:
     logits, soft, hard = random_case(temperature=temperature)
@@ -56,10 +64,12 @@ def targets_of_every_form(soft: Tensor) -> list[Tensor | SparseTargets]:
     return [soft, sparse, sparse._replace(tail=None)]
 
 
-@pytest.mark.parametrize("form", [0, 1, 2])
-def test_first_and_second_derivative_by_finite_differences(form: int) -> None:
+@pytest.mark.parametrize("form", [0, 1, 2, -3])
+def test_first_and_second_derivative_by_finite_differences(form: int, monkeypatch: pytest.MonkeyPatch) -> None:
     logits, soft, hard = (t[:, :2] for t in random_case(temperature=3.0))
     target = targets_of_every_form(soft)[form]
+    if form < 0:  # dense, as in large batches
+        monkeypatch.setattr(losses, "EARLY_GRADIENT_ELEMENTS", 0)
     length = torch.tensor([1.0, 0.5, 1.0])
 
     def loss(z: Tensor) -> Tensor:
@@ -69,15 +79,19 @@ def test_first_and_second_derivative_by_finite_differences(form: int) -> None:
     assert torch.autograd.gradgradcheck(loss, logits)
 
 
-def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("gradient_is")
+def test_blocks_change_nothing() -> None:
     logits, soft, hard = random_case()
+
+    def value_and_gradient(target: Tensor | SparseTargets) -> tuple[Tensor, Tensor]:
+        loss = distillation_loss(logits, target, hard, torch.tensor([1.0, 0.4, 0.6]), temperature=2.0)
+        return loss, gradient(loss, logits)
+
     for target in targets_of_every_form(soft):
-        whole = distillation_loss(logits, target, hard, torch.tensor([1.0, 0.4, 0.6]), temperature=2.0)
-        monkeypatch.setattr(losses, "CPU_BLOCK_ELEMENTS", 4 * C)  # four frames: a block with padding, blocks without, blocks of padding
-        parts = distillation_loss(logits, target, hard, torch.tensor([1.0, 0.4, 0.6]), temperature=2.0)
-        monkeypatch.undo()
-        torch.testing.assert_close(parts, whole)
-        torch.testing.assert_close(gradient(parts, logits), gradient(whole, logits))
+        whole = value_and_gradient(target)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(losses, "CPU_BLOCK_ELEMENTS", 4 * C)  # four frames: a block with padding, blocks without, blocks of padding
+            torch.testing.assert_close(value_and_gradient(target), whole)
 
 
 def test_high_temperature_is_logit_matching() -> None:
@@ -118,9 +132,10 @@ def test_temperature_squared_keeps_the_ratio_of_soft_and_hard_gradients() -> Non
     frames=st.lists(st.integers(1, T), min_size=B, max_size=B),
     reduction=st.sampled_from(losses.REDUCTIONS),
     form=st.integers(0, 2),
+    kept=st.sampled_from([losses.EARLY_GRADIENT_ELEMENTS, 0]),
     filling=st.sampled_from([math.nan, math.inf, -math.inf, 1e30]),
 )
-def test_padding_never_matters(frames: list[int], reduction: losses.Reduction, form: int, filling: float) -> None:
+def test_padding_never_matters(frames: list[int], reduction: losses.Reduction, form: int, kept: int, filling: float) -> None:
     logits, soft, hard = random_case()
     length = torch.tensor(frames) / T
     padding = torch.arange(T) >= torch.tensor(frames).unsqueeze(-1)
@@ -131,8 +146,10 @@ def test_padding_never_matters(frames: list[int], reduction: losses.Reduction, f
     clean = targets_of_every_form(soft)[form]
     dirty = fill(clean) if isinstance(clean, Tensor) else clean.map(fill)
     padded = fill(logits.detach()).requires_grad_()
-    expected = distillation_loss(logits, clean, hard, length, temperature=2.0, reduction=reduction)
-    loss = distillation_loss(padded, dirty, fill(hard), length, temperature=2.0, reduction=reduction)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "EARLY_GRADIENT_ELEMENTS", kept)
+        expected = distillation_loss(logits, clean, hard, length, temperature=2.0, reduction=reduction)
+        loss = distillation_loss(padded, dirty, fill(hard), length, temperature=2.0, reduction=reduction)
     torch.testing.assert_close(loss, expected, rtol=0, atol=0)
     found = gradient(loss.sum(), padded)
     torch.testing.assert_close(found, gradient(expected.sum(), logits), rtol=0, atol=0)
@@ -245,6 +262,7 @@ def test_soft_targets_are_constants() -> None:
     assert soft.grad is None
 
 
+@pytest.mark.usefixtures("gradient_is")
 @pytest.mark.parametrize("form", [0, 1, 2])
 def test_masked_classes_on_both_sides(form: int) -> None:
     logits, soft, _ = random_case()

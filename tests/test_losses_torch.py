@@ -182,6 +182,9 @@ def test_memory_beside_input_and_gradient_is_below_one_copy_of_the_logits(monkey
     assert peak_in_logits(lambda z: functional.cross_entropy(z, hard), logits) == pytest.approx(3.0, abs=0.05)  # two temporaries
     for target in (soft, sparse):
         assert peak_in_logits(lambda z, p=target: distillation_loss(z, p, hard, temperature=2.0), logits) < 1.4
+    small, soft_of_small, labels = random_case((1024, 2048))
+    assert small.numel() == losses.EARLY_GRADIENT_ELEMENTS
+    assert peak_in_logits(lambda z: distillation_loss(z, soft_of_small, labels, temperature=2.0), small) == pytest.approx(2.0, abs=0.05)  # one temporary
     monkeypatch.setattr(losses, "CPU_BLOCK_ELEMENTS", logits.numel() // losses.NUM_BLOCKS)  # as on an accelerator
     for target in (soft, sparse):
         assert peak_in_logits(lambda z, p=target: distillation_loss(z, p, hard, temperature=2.0), logits) < 2

@@ -3,6 +3,7 @@
 
     python train.py hparams/train.yaml --data_folder D --output_folder O/teacher1 --seed 1
     python train.py hparams/train.yaml --data_folder D --output_folder O/student --seed 4 --teachers "[O/teacher1, O/teacher2]"
+    python train.py hparams/train.yaml --data_folder D --output_folder O/ensemble --number_of_epochs 0 --teachers "[O/teacher1, O/teacher2]"
 """
 
 from __future__ import annotations
@@ -76,6 +77,14 @@ class CTC(sb.Brain):
                 self.words.write_stats(file)
 
 
+class Ensemble(CTC):
+    """Teachers with nothing to train: the mean of their posteriors is scored."""
+
+    def compute_forward(self, batch: Any, stage: sb.Stage) -> tuple[Tensor, Tensor, Tensor]:
+        features, _, length = super().compute_forward(batch, stage)
+        return features, teacher_posteriors(self.hparams.teachers, features, temperature=1.0).log(), length
+
+
 @torch.no_grad()
 def teacher_posteriors(teachers: Sequence[nn.Module], features: Tensor, temperature: float) -> Tensor:
     """Soft targets (B, T / 4, C) of an ensemble for the very features that the student sees."""
@@ -146,9 +155,12 @@ def main(arguments: Sequence[str]) -> None:
     sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
     data = load_data(hparams)
     hparams["teachers"] = load_teachers(hparams["model"], hparams["teachers"], run_opts.get("device", "cpu"))  # distillation
-    brain = CTC(hparams["modules"], hparams["optimizer"], hparams, run_opts, hparams["checkpointer"])
+    ensemble = hparams["teachers"] and hparams["number_of_epochs"] == 0
+    brain = (Ensemble if ensemble else CTC)(hparams["modules"], hparams["optimizer"], hparams, run_opts, hparams["checkpointer"])
     brain.fit(hparams["epoch_counter"], data["train"], data["valid"], hparams["train_loader"], hparams["test_loader"])
     brain.evaluate(data["test"], min_key="CER", test_loader_kwargs=hparams["test_loader"])
+    if ensemble:
+        return
     weights = hparams["model"].state_dict()
     run_on_main(save_file, args=[weights, str(Path(hparams["output_folder"]) / WEIGHTS)])
 
