@@ -75,10 +75,10 @@ def train_networks(stage: str, folder: Path, settings: Settings, data: TrainingD
     """Train one network per seed on hard targets, or on soft and hard ones; continue where an earlier run was cut.
 
     Args:
-        student: take the student's size and dropout instead of a teacher's.
+        student: take the student's size instead of a teacher's, and with soft targets its dropout.
         inputs: fingerprints of further inputs (the soft targets).
     """
-    shape = network_shape(settings, data.num_states, student)
+    shape = network_shape(settings, data.num_states, student, soft_targets is not None)
     schedule = ScheduleSettings(learning_rate=settings.learning_rate, max_epochs=epochs)
     training = TrainingSettings(schedule=schedule, batch_frames=settings.batch_frames, precision=settings.precision, temperature=temperature,
                                 hard_weight=settings.hard_weight)
@@ -101,12 +101,17 @@ def train_networks(stage: str, folder: Path, settings: Settings, data: TrainingD
     return Ensemble.load(folder / NETWORKS).to(settings.device), record
 
 
-def network_shape(settings: Settings, num_states: int, student: bool) -> ModelShape:
-    """The size of a teacher, or of the student, which is the teacher's where nothing else is said."""
+def network_shape(settings: Settings, num_states: int, student: bool = False, soft: bool = False) -> ModelShape:
+    """The size of a teacher, or of the student, which is the teacher's where nothing else is said.
+
+    Soft targets regularise by themselves, hard ones do not: `student_dropout` is for what learns from soft targets, the control has the
+    teachers' dropout.
+    """
     layers, units, dropout = settings.hidden_layers, settings.hidden_units, settings.dropout
     if student:
         layers, units = settings.student_hidden_layers or layers, settings.student_hidden_units or units
-        dropout = dropout if settings.student_dropout is None else settings.student_dropout
+    if soft and settings.student_dropout is not None:
+        dropout = settings.student_dropout
     input_dim = (settings.left_context + 1 + settings.right_context) * settings.num_mels
     return ModelShape(input_dim, layers, units, num_states, dropout)
 
