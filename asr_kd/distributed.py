@@ -21,7 +21,7 @@ from asr_kd.errors import AsrKdError
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(days=7)  # one waits for another as long as that one works; a process that ended is noticed at once
+TIMEOUT = timedelta(days=7)  # one waits for another as long as that one works; one that ended is noticed by gloo and by torchrun, which ends the rest
 
 
 @contextmanager
