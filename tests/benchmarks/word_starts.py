@@ -60,9 +60,9 @@ def main() -> None:
     errors = np.concatenate(list(by_speaker.values()))
     offset = float(np.median(errors))
     distance = np.abs(errors - offset)
+    shares = {speaker: round(float((np.abs(values - offset) <= 20).mean()), 3) for speaker, values in sorted(by_speaker.items())}
     print(json.dumps({"minutes": options.minutes, "words": len(errors), "median_offset_ms": offset, "within_20_ms": float((distance <= 20).mean()),
-                      "within_50_ms": float((distance <= 50).mean()),
-                      "within_20_ms_by_speaker": {speaker: round(float((np.abs(values - offset) <= 20).mean()), 3) for speaker, values in sorted(by_speaker.items())}}))
+                      "within_50_ms": float((distance <= 50).mean()), "within_20_ms_by_speaker": shares}))
 
 
 if __name__ == "__main__":
