@@ -104,7 +104,7 @@ def test_targets_are_states_of_the_phones_in_their_context(made: Made, trained: 
         ids = [EDGE, *hmm.phone_ids(tuple(phone for phone, _, _ in phones)), EDGE]
         for i, (_, start, end) in enumerate(phones):
             states = targets[utt_id][start:end]
-            assert list(dict.fromkeys(states.tolist())) == hmm.state_ids(ids[i], ids[i + 1], ids[i + 2]).tolist()
+            assert list(dict.fromkeys(states.tolist())) == list(dict.fromkeys(hmm.state_ids(ids[i], ids[i + 1], ids[i + 2]).tolist()))
 
 
 def test_training_that_was_cut_off_continues_to_the_same_result(made: Made, trained: tuple[Aligner, Path],
@@ -226,7 +226,8 @@ def test_guided_alignment_equals_the_full_one(made: Made, trained: tuple[Aligner
     monkeypatch.setattr("asr_kd.hmm.corpus.GUIDE_FRAMES", 6)
     monkeypatch.setattr("asr_kd.hmm.corpus.GUIDED_BLOCK", 8)
     guided = trained[0].align(frontend, graphs, list(words))
-    assert all(np.array_equal(full[u].codes, guided[u].codes) for u in words)  # type: ignore[union-attr]
+    states = trained[0].hmm.flat_table  # which of silence's three states, all tied, is a matter of rounding
+    assert all(np.array_equal(states[full[u].codes], states[guided[u].codes]) for u in words)  # type: ignore[union-attr]
 
 
 def test_transitions_are_counted_by_hand() -> None:
