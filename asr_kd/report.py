@@ -24,6 +24,7 @@ below is optional, also inside a system's row (a system that was not decoded has
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -87,7 +88,15 @@ def headline(split: str, rows: Mapping[str, Any]) -> str:
         whose = "its" if gains else "the ensemble's"
         gains.append(f"{_kept(rows, 'wer')} of {whose} gain in word error rate")
     sentence = f"One network keeps {' and '.join(gains)}" if gains else "The ensemble was no better than its members: there was no gain to keep"
-    return f"{sentence} on {split}."
+    return f"{sentence} on {split}.{_control_caveat(rows.get('control', {}), rows['distilled'])}"
+
+
+def _control_caveat(control: Mapping[str, Any], student: Mapping[str, Any]) -> str:
+    """Says where hard targets alone do better than the student: there its gain comes from its longer training, not from its teachers."""
+    directions = {"frame_accuracy": ("frame accuracy", 1), "wer": ("word error rate", -1)}
+    shared = [measure for measure in directions if measure in control and measure in student]
+    better = [name for measure, (name, sign) in directions.items() if measure in shared and sign * control[measure] > sign * student[measure]]
+    return f" The control, trained as long on hard targets alone, has the better {' and '.join(better)}." if better else ""
 
 
 def _kept(rows: Mapping[str, Any], measure: str) -> str:

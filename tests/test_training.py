@@ -164,6 +164,14 @@ def test_precision_is_measured_or_refused() -> None:
         choose_precision("fp16", cpu, (1, 64, 64, 64))
 
 
+def test_heldout_accuracy_takes_a_tie_for_one_state_only(heldout: FrameData) -> None:
+    networks = Ensemble(SHAPE, [1])
+    with torch.no_grad():
+        for parameter in networks.parameters():
+            parameter.zero_()
+    assert training.heldout_accuracy(networks, heldout, 500) == pytest.approx([float((heldout.targets == 0).float().mean())])
+
+
 def test_heldout_accuracy_counts_the_largest_logit(heldout: FrameData) -> None:
     networks = Ensemble(SHAPE, [1, 2])
     logits = networks(heldout.windows.gather(torch.arange(heldout.num_frames)))
