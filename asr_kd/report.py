@@ -24,7 +24,6 @@ below is optional, also inside a system's row (a system that was not decoded has
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
