@@ -15,7 +15,19 @@ from torch import Tensor
 from asr_kd.distributed import add_over_processes, at_first_process, by_first_process, rank, world_size
 from asr_kd.errors import AsrKdError
 from asr_kd.frames import FrameStore, FrameWriter
-from asr_kd.hmm.corpus import Aligned, Graphs, Pronouncer, Scores, align_utterances, chunks, map_threads, mixture_scores, own_utterances
+from asr_kd.hmm.corpus import (
+    Aligned,
+    FixedPhones,
+    Graphs,
+    GraphSource,
+    Pronouncer,
+    Scores,
+    align_utterances,
+    chunks,
+    map_threads,
+    mixture_scores,
+    own_utterances,
+)
 from asr_kd.hmm.features import Features, joined
 from asr_kd.hmm.frontend import Frontend
 from asr_kd.hmm.gmm import GaussianMixtures
@@ -72,10 +84,12 @@ class Aligner:
     Attributes:
         independent: model for speech that is not adapted.
         adapted: model trained on speaker-adapted features; None when training had no such pass.
+        boundaries: models that move the boundaries of the phones found, one after the other.
     """
 
     independent: GmmHmm
     adapted: GmmHmm | None = None
+    boundaries: tuple[GmmHmm, ...] = ()
 
     @property
     def hmm(self) -> HmmModel:
@@ -83,35 +97,51 @@ class Aligner:
         return (self.adapted or self.independent).hmm
 
     def save(self, folder: Path | str) -> None:
-        """Write the models into `folder`/independent and `folder`/adapted."""
+        """Write the models into `folder`/independent, `folder`/adapted and `folder`/boundaries0, 1 ..."""
         self.independent.save(Path(folder) / "independent")
         if self.adapted is not None:
             self.adapted.save(Path(folder) / "adapted")
+        for number, model in enumerate(self.boundaries):
+            model.save(Path(folder) / f"boundaries{number}")
 
     @staticmethod
     def load(folder: Path | str) -> Aligner:
         """Read what `save` wrote; a missing or damaged file is an `AsrKdError`."""
         folder = Path(folder)
-        return Aligner(GmmHmm.load(folder / "independent"), GmmHmm.load(folder / "adapted") if (folder / "adapted").is_dir() else None)
+        adapted = GmmHmm.load(folder / "adapted") if (folder / "adapted").is_dir() else None
+        return Aligner(GmmHmm.load(folder / "independent"), adapted, tuple(GmmHmm.load(place) for place in sorted(folder.glob("boundaries?"))))
 
     def align(self, frontend: Frontend, graphs: Graphs, utt_ids: Sequence[str]) -> dict[str, Aligned | None]:
         """Align utterances; with an adapted model a first alignment serves to adapt to each speaker. None where there is no path."""
         found = align_with(self.independent, frontend, graphs, utt_ids)
-        if self.adapted is None:
-            return found
-        adapted = frontend.projected(self.adapted.projection)
-        for _ in range(ADAPTATIONS):
-            adapted = adapted.adapted(speaker_transforms(self.adapted, adapted, {u: aligned.codes for u, aligned in found.items() if aligned is not None}))
-            found = align_with(self.adapted, adapted, graphs, utt_ids, guide=found)
+        if self.adapted is not None:
+            adapted = frontend.projected(self.adapted.projection)
+            for _ in range(ADAPTATIONS):
+                adapted = adapted.adapted(speaker_transforms(self.adapted, adapted, {u: aligned.codes for u, aligned in found.items() if aligned is not None}))
+                found = align_with(self.adapted, adapted, graphs, utt_ids, guide=found)
+        for model in self.boundaries:
+            found = move_boundaries(model, frontend, graphs, found)
         return found
 
 
-def align_with(model: GmmHmm, frontend: Frontend, graphs: Graphs, utt_ids: Sequence[str], *,
+def align_with(model: GmmHmm, frontend: Frontend, graphs: GraphSource, utt_ids: Sequence[str], *,
                guide: Mapping[str, Aligned | None] | None = None) -> dict[str, Aligned | None]:
     """One alignment pass by a mixture model; a frontend of another projection is projected, one of the same is used with its transforms."""
     if frontend.projection is not model.projection:
         frontend = frontend.projected(model.projection)
     return dict(align_utterances(utt_ids, graphs, frontend.store, model.hmm, mixture_scores(frontend, model.mixtures), "align", guide))
+
+
+def move_boundaries(model: GmmHmm, frontend: Frontend, graphs: GraphSource, found: Mapping[str, Aligned | None]) -> dict[str, Aligned | None]:
+    """Align the same phones again, so that only their boundaries move; what has no path by this model, or had none, stays as it is.
+
+    The log-likelihoods remain those of the models that chose the phones.
+    """
+    aligned = {utt_id: own for utt_id, own in found.items() if own is not None}
+    fixed = FixedPhones(graphs, aligned)
+    moved = align_with(model, frontend, fixed, list(aligned), guide={utt_id: fixed.enter(own) for utt_id, own in aligned.items()})
+    better = {utt_id: replace(fixed.leave(utt_id, own), log_likelihood=aligned[utt_id].log_likelihood) for utt_id, own in moved.items() if own is not None}
+    return {**found, **better}
 
 
 def speaker_transforms(model: GmmHmm, frontend: Frontend, codes: Mapping[str, NDArray[np.int32]]) -> dict[str, Tensor]:

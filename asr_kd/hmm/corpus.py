@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Protocol, TypeVar
 
@@ -19,7 +19,7 @@ from asr_kd.hmm.features import Features
 from asr_kd.hmm.frontend import Frontend
 from asr_kd.hmm.gmm import GaussianMixtures, log_likelihoods
 from asr_kd.hmm.model import STATES_PER_PHONE, HmmModel
-from asr_kd.hmm.topology import AlignmentGraph, build_alignment_graph
+from asr_kd.hmm.topology import AlignmentGraph, build_alignment_graph, path_graph
 from asr_kd.hmm.viterbi import Path, viterbi
 from asr_kd.progress import progress
 
@@ -44,6 +44,12 @@ class Pronouncer(Protocol):
     def phones(self) -> Sequence[str]: ...
     def __contains__(self, word: object) -> bool: ...
     def __getitem__(self, word: str) -> Sequence[Sequence[str]]: ...
+
+
+class GraphSource(Protocol):
+    """Gives the alignment graph of an utterance."""
+
+    def __getitem__(self, utt_id: str, /) -> AlignmentGraph: ...
 
 
 class Graphs:
@@ -134,7 +140,7 @@ def map_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> It
     torch.set_num_threads(before)
 
 
-def viterbi_batches(utt_ids: Iterable[str], graphs: Graphs, features: Features) -> list[list[str]]:
+def viterbi_batches(utt_ids: Iterable[str], graphs: GraphSource, features: Features) -> list[list[str]]:
     """Utterances of like length together, such that a batch's traceback stays small."""
     batches: list[list[str]] = []
     longest = states = 0
@@ -178,11 +184,35 @@ class Aligned:
     log_likelihood: float
 
 
+class FixedPhones:
+    """For each aligned utterance the graph of the phones that its alignment goes through, so that only their boundaries are open.
+
+    Args:
+        graphs: that the alignments were made with.
+        aligned: alignments with their nodes.
+    """
+
+    def __init__(self, graphs: GraphSource, aligned: Mapping[str, Aligned]) -> None:
+        self._graphs = graphs
+        self._nodes = {utt_id: own.nodes[np.flatnonzero(np.diff(own.nodes, prepend=-1))] for utt_id, own in aligned.items()}
+
+    def __getitem__(self, utt_id: str) -> AlignmentGraph:
+        return path_graph(self._graphs[utt_id], self._nodes[utt_id])
+
+    def enter(self, own: Aligned) -> Aligned:
+        """An alignment in the numbering of these graphs."""
+        return replace(own, nodes=np.cumsum(np.diff(own.nodes, prepend=own.nodes[0]) != 0).astype(np.int32))
+
+    def leave(self, utt_id: str, own: Aligned) -> Aligned:
+        """An alignment by these graphs in the numbering of those that they came from."""
+        return replace(own, nodes=self._nodes[utt_id][own.nodes])
+
+
 Scores = Callable[[NDArray[np.integer], slice], NDArray[np.float32]]
 """(state ids (U,), frames) -> (n, U) log-likelihoods of an utterance's frames."""
 
 
-def align_utterances(utt_ids: Sequence[str], graphs: Graphs, features: Features, hmm: HmmModel, scores_of: Callable[[str], Scores], desc: str,
+def align_utterances(utt_ids: Sequence[str], graphs: GraphSource, features: Features, hmm: HmmModel, scores_of: Callable[[str], Scores], desc: str,
                      guide: Mapping[str, Aligned | None] | None = None) -> Iterator[tuple[str, Aligned | None]]:
     """Align utterances; None where no path has a finite score. The order is by length, not as given.
 

@@ -129,6 +129,17 @@ def build_alignment_graph(words: Sequence[Pronunciations], num_phones: int) -> A
     return _finish(builder, start, end, num_phones, sum(min(map(len, variants)) for variants in words))
 
 
+def path_graph(graph: AlignmentGraph, nodes: NDArray[np.integer]) -> AlignmentGraph:
+    """The graph whose only path is through `nodes` of another graph, in that order."""
+    first, number = np.zeros(1, np.int32), np.arange(len(nodes), dtype=np.int32)
+    return AlignmentGraph(
+        codes=graph.codes.reshape(-1, STATES_PER_PHONE)[nodes].reshape(-1), node_slot=graph.node_slot[nodes],
+        arc_from=number[:-1], arc_to=number[1:], arc_kind=np.full(len(nodes) - 1, PLAIN, np.int8),
+        start=first, start_kind=np.full(1, PLAIN, np.int8), end=number[-1:], end_kind=np.full(1, PLAIN, np.int8),
+        min_frames=STATES_PER_PHONE * len(nodes),
+    )
+
+
 def _finish(builder: _Builder, start: list[tuple[int, int]], end: list[tuple[int, int]], num_phones: int, min_phones: int) -> AlignmentGraph:
     triples = np.asarray(builder.triples, np.int64)
     arcs = np.asarray(builder.arcs, np.int32).reshape(-1, 3)

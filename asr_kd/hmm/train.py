@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -18,12 +18,14 @@ from asr_kd.distributed import add_over_processes, by_first_process, from_all_pr
 from asr_kd.errors import AsrKdError
 from asr_kd.frames import FrameStore
 from asr_kd.hmm.align import Aligner, GmmHmm, align_with, learn_transitions, speaker_transforms, usable_utterances
+from asr_kd.hmm.boundaries import train_boundaries
 from asr_kd.hmm.checkpoint import TrainState, load_state, save_state
 from asr_kd.hmm.corpus import Aligned, Graphs, Pronouncer, chunks, map_threads, own_utterances
+from asr_kd.hmm.em import VARIANCE_FLOOR, accumulate_over, expect, frames_of, maximise, states_of
 from asr_kd.hmm.features import joined
 from asr_kd.hmm.frontend import NUM_CEPSTRA, SPLICE, Frontend
-from asr_kd.hmm.gmm import GaussianMixtures, Statistics, accumulate, estimate, grow, single_gaussians
-from asr_kd.hmm.model import EDGE, SIL, HmmModel, split_codes, untied_model
+from asr_kd.hmm.gmm import GaussianMixtures, Statistics, accumulate, single_gaussians
+from asr_kd.hmm.model import SIL, HmmModel, split_codes, untied_model
 from asr_kd.hmm.topology import even_path
 from asr_kd.hmm.transforms import TransformStatistics, lda, mllt
 from asr_kd.hmm.tree import ContextStatistics, grow_tree, state_table
@@ -32,11 +34,7 @@ from asr_kd.stage import fingerprint
 log = logging.getLogger(__name__)
 
 LDA_DIM = 40
-VARIANCE_FLOOR = 0.01
-"""Share of the global variance below which no Gaussian's variance falls."""
 FRAMES_PER_HOUR = 360_000
-SILENCE_GAUSSIANS = 16
-"""Silence is quiet in one recording and noise in the next: with few Gaussians it would lose one of them to the states of words."""
 FLAT_PASSES = 4
 """Passes on the even alignment, while only silence gets more Gaussians."""
 QUIET_MARGIN = 3
@@ -57,6 +55,7 @@ class GmmHmmSettings:
         realign_every: triphone stages realign after so many passes.
         lda: a triphone stage on spliced features with LDA and MLLT.
         sat: a last stage on speaker-adapted features (fMLLR).
+        boundaries: models that move the boundaries of the phones found.
         min_leaf_frames: frames that a tied state needs.
     """
 
@@ -69,6 +68,7 @@ class GmmHmmSettings:
     realign_every: int = 4
     lda: bool = True
     sat: bool = True
+    boundaries: bool = True
     min_leaf_frames: int = 100
 
 
@@ -165,10 +165,18 @@ class _Trainer:
         for step in passes[state.done:]:
             state = self.run_pass(step, state)
             save_state(folder, state, identity)
+        boundaries = self.boundaries(state) if self.settings.boundaries else ()
         if self.settings.sat:
             assert state.independent is not None
-            return Aligner(state.independent, state.model)
-        return Aligner(state.model)
+            return Aligner(state.independent, state.model, boundaries)
+        return Aligner(state.model, boundaries=boundaries)
+
+    def boundaries(self, state: TrainState) -> tuple[GmmHmm, ...]:
+        """Boundary models from utterances all over the corpus, about as much speech as monophones train on."""
+        frames = sum(map(self.frontend.store.length, self.all_utt_ids))
+        step = max(1, round(frames / (self.settings.mono_hours * FRAMES_PER_HOUR)))
+        chosen = {utt_id: state.aligned[utt_id] for utt_id in set(self.all_utt_ids[::step]).intersection(state.aligned)}
+        return train_boundaries(self.frontend, self.graphs, dict(sorted(chosen.items())), self.phones, self.settings.mono_gaussians)
 
     def identity(self) -> str:
         """Names this training: settings, data and pronunciations."""
@@ -191,10 +199,8 @@ class _Trainer:
         elif step.transform:
             state = replace(state, transforms=speaker_transforms(state.model, frontend, state.codes))
         frontend = self.view(state)
-        statistics = self.expect(state.model, frontend, state.codes)
-        mixtures = estimate(state.model.mixtures, statistics, self.variance_floor(statistics))
-        frames = np.add.reduceat(statistics.frames.numpy(), state.model.mixtures.offsets[:-1])
-        mixtures = from_first_process(grow(mixtures, frames, step.gaussians(state.model.hmm.num_states), least=self.least_gaussians(state.model.hmm)))
+        statistics = expect(state.model, frontend, state.codes)
+        mixtures = maximise(state.model, statistics, step.gaussians(state.model.hmm.num_states))
         per_frame = statistics.log_likelihood / statistics.num_frames
         log.info("%s: log-likelihood per frame %.4f, %d Gaussians, %d states%s, %.1f s", step.name, per_frame, state.model.mixtures.num_gaussians,
                  state.model.hmm.num_states, ", realigned" if step.realign else "", time.monotonic() - start)
@@ -205,18 +211,6 @@ class _Trainer:
         """Features as the state's model wants them."""
         return replace(self.frontend, projection=state.model.projection, transforms=state.transforms)
 
-    def least_gaussians(self, hmm: HmmModel) -> NDArray[np.int64]:
-        """(S,) `SILENCE_GAUSSIANS` for the states of silence."""
-        least = np.ones(hmm.num_states, np.int64)
-        least[hmm.state_table[EDGE, SIL, EDGE]] = SILENCE_GAUSSIANS
-        return least
-
-    def variance_floor(self, statistics: Statistics) -> Tensor:
-        """(D,) a share of the variance of all frames."""
-        total = statistics.frames.sum()
-        mean = statistics.sums.sum(0) / total
-        return VARIANCE_FLOOR * (statistics.squares.sum(0) / total - mean.square())
-
     def flat_start(self) -> TrainState:
         """Even alignments of the shortest utterances; all states share the Gaussian of all frames."""
         own = set(self.utt_ids)
@@ -225,7 +219,11 @@ class _Trainer:
         aligned = {utt_id: self.even_alignment(utt_id) for utt_id in by_length[:until] if utt_id in own}
         hmm = untied_model(self.phones)
         one = single_gaussians(torch.zeros(1, 39), torch.ones(1, 39))
-        overall = self.accumulate_over(lambda chunk: accumulate(one, self.features(self.frontend, chunk), np.zeros(self.length(chunk), np.int64)), one, aligned)
+
+        def work(chunk: list[str]) -> Statistics:
+            return accumulate(one, frames_of(self.frontend, chunk), np.zeros(self.length(chunk), np.int64))
+
+        overall = accumulate_over(work, one, aligned, self.frontend)
         mean = overall.sums[0] / overall.frames[0]
         variance = overall.squares[0] / overall.frames[0] - mean.square()
         mixtures = single_gaussians(mean.expand(hmm.num_states, -1), variance.expand(hmm.num_states, -1))
@@ -277,7 +275,7 @@ class _Trainer:
         model = state.model
 
         def work(chunk: list[str]) -> tuple[Statistics, TransformStatistics]:
-            frames, states = self.features(frontend, chunk), self.states(model.hmm, state.codes, chunk)
+            frames, states = frames_of(frontend, chunk), states_of(model.hmm, state.codes, chunk)
             sums = TransformStatistics(model.mixtures.dim)
             sums.add(model.mixtures, frames, frames, states)
             return accumulate(model.mixtures, frames, states), sums
@@ -312,27 +310,13 @@ class _Trainer:
         between = (means * counts[:, None]).T @ means / total - np.outer(mean, mean)
         return from_first_process(lda(second / total - np.outer(mean, mean) - between, between, LDA_DIM))
 
-    def expect(self, model: GmmHmm, frontend: Frontend, codes: Mapping[str, NDArray[np.int32]]) -> Statistics:
-        """The E step over the corpus."""
-        def work(chunk: list[str]) -> Statistics:
-            return accumulate(model.mixtures, self.features(frontend, chunk), self.states(model.hmm, codes, chunk))
-
-        return self.accumulate_over(work, model.mixtures, codes)
-
-    def accumulate_over(self, work: Callable[[list[str]], Statistics], mixtures: GaussianMixtures, utt_ids: Iterable[str]) -> Statistics:
-        """Statistics of all processes' utterances."""
-        total = Statistics.zero(mixtures.num_gaussians, mixtures.dim)
-        for part in map_threads(work, chunks(utt_ids, self.frontend.store)):
-            total += part
-        return total.over_processes()
-
     def context_statistics(self, frontend: Frontend, codes: Mapping[str, NDArray[np.int32]]) -> ContextStatistics:
         """Moments of the frames of every state in context."""
         own_names = np.unique(np.concatenate([np.empty(0, np.int32), *(np.unique(path) for path in codes.values())]))
         names = np.unique(np.concatenate(from_all_processes(own_names)))
 
         def work(chunk: list[str]) -> tuple[NDArray[np.intp], Tensor]:
-            frames = self.features(frontend, chunk)
+            frames = frames_of(frontend, chunk)
             rows = np.searchsorted(names, np.concatenate([codes[utt_id] for utt_id in chunk]))
             moments = torch.cat([torch.ones(len(frames), 1), frames, frames.square()], 1)
             return rows, moments
@@ -342,13 +326,6 @@ class _Trainer:
             total.index_add_(0, torch.from_numpy(rows), moments.double())
         add_over_processes([total])
         return ContextStatistics(names.astype(np.int32), total.numpy())
-
-    def features(self, frontend: Frontend, utt_ids: list[str]) -> Tensor:
-        return torch.cat([frontend.frames(utt_id) for utt_id in utt_ids])
-
-    def states(self, hmm: HmmModel, codes: Mapping[str, NDArray[np.int32]], utt_ids: list[str]) -> NDArray[np.int32]:
-        states: NDArray[np.int32] = hmm.flat_table[np.concatenate([codes[utt_id] for utt_id in utt_ids])]
-        return states
 
     def length(self, utt_ids: list[str]) -> int:
         return sum(map(self.frontend.store.length, utt_ids))
