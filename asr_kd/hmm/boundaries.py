@@ -22,7 +22,7 @@ from asr_kd.hmm.model import untied_model
 
 log = logging.getLogger(__name__)
 
-STAGES = ((False, 3), (True, 4))
+STAGES = ((False, 3), (True, 10))
 """Whether frames have slopes, and how often boundaries are moved."""
 FIRST_PASSES = 6
 """Passes of EM before boundaries are moved for the first time; there is one before each further time."""
