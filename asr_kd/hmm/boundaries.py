@@ -42,7 +42,7 @@ def train_boundaries(frontend: Frontend, graphs: Graphs, aligned: Mapping[str, A
     for has_slopes, times in STAGES:
         projection = narrow_projection(has_slopes)
         view = frontend.projected(projection)
-        hmm = learn_transitions(untied_model(phones), [own.codes for own in aligned.values()], num_words)
+        hmm = untied_model(phones)
         dim = projection.shape[1]
         model = GmmHmm(hmm, single_gaussians(torch.zeros(hmm.num_states, dim), torch.ones(hmm.num_states, dim)), projection)
         for time in range(times):
