@@ -67,7 +67,7 @@ class CTC(sb.Brain):
             return
         stats = {"loss": stage_loss, "CER": self.characters.summarize("error_rate"), "WER": self.words.summarize("error_rate")}
         if stage == sb.Stage.VALID:
-            old_rate, new_rate = self.hparams.annealing(stats["loss"])
+            old_rate, new_rate = self.hparams.annealing(epoch)
             sb.nnet.schedulers.update_learning_rate(self.optimizer, new_rate)
             self.hparams.train_logger.log_stats({"epoch": epoch, "lr": old_rate}, train_stats=self.train_stats, valid_stats=stats)
             self.checkpointer.save_and_keep_only(meta={"CER": stats["CER"]}, min_keys=["CER"])
