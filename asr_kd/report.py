@@ -5,7 +5,7 @@ below is optional, also inside a system's row (a system that was not decoded has
 
     splits: {split: {baseline|ensemble|distilled|control:
                  {frame_accuracy, wer, wer_ci95: [lo, hi], errors, words, substitutions, deletions, insertions,
-                  real_time_factor, probability_better: P(lower WER than the baseline)},
+                  real_time_factor, probability_better: P(lower WER than the baseline), probability_better_than_control: the student's},
              members: [{frame_accuracy, wer?, ...}], gain_kept: {frame_accuracy, wer}}}
     stages: {stage: seconds}                settings: {key: value}
     decoding: {key: value}                  acoustic scale, word insertion penalty, ... as chosen on the tuning speakers
@@ -95,7 +95,11 @@ def _control_caveat(control: Mapping[str, Any], student: Mapping[str, Any]) -> s
     directions = {"frame_accuracy": ("frame accuracy", 1), "wer": ("word error rate", -1)}
     shared = [measure for measure in directions if measure in control and measure in student]
     better = [name for measure, (name, sign) in directions.items() if measure in shared and sign * control[measure] > sign * student[measure]]
-    return f" The control, trained as long on hard targets alone, has the better {' and '.join(better)}." if better else ""
+    if not better:
+        return ""
+    certainty = student.get("probability_better_than_control")
+    doubt = f" (P = {1 - certainty:.2f} by paired bootstrap)" if certainty is not None and better[-1] == "word error rate" else ""
+    return f" The control, trained as long on hard targets alone, has the better {' and '.join(better)}{doubt}."
 
 
 def _kept(rows: Mapping[str, Any], measure: str) -> str:
@@ -128,7 +132,7 @@ def _tiles(rows: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if kept is not None:
         tiles.append(("Gain kept, frame accuracy", f"{_percent(kept, 0)} %", "86 % in Hinton, Vinyals & Dean (2015)"))
     if "probability_better" in distilled:
-        tiles.append(("P(student better than single)", f"{_percent(distilled['probability_better'], 0)} %", "by WER, paired bootstrap"))
+        tiles.append(("P(student better than single)", f"{_percent(distilled['probability_better'], 1)} %", "by WER, paired bootstrap"))
     return tiles
 
 

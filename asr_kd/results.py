@@ -81,6 +81,7 @@ def _score_split(split: str, windows: Windows, corpus: Corpus, targets: Targets,
     for system, result in frames.items():
         rows[system] = system_row(result.counts, words[system], speakers=speakers, seed=seed, real_time_factor=systems.decoded[system][split].real_time_factor)
         rows[system]["probability_better"] = probability_better(words[system], pooled, speakers, seed)
+    rows["distilled"]["probability_better_than_control"] = probability_better(words["distilled"], words["control"], speakers, seed)
     rows["members"] = [system_row(result.counts, words.get(f"member_{k}"), speakers=speakers, seed=seed) for k, result in enumerate(members)]
     rows["gain_kept"] = gain_kept(rows["baseline"], rows["ensemble"], rows["distilled"])
 
