@@ -28,7 +28,7 @@ from asr_kd.frame_data import FrameData, input_statistics, load_frame_data
 from asr_kd.frames import FrameStore
 from asr_kd.losses import SparseTargets, distillation_loss
 from asr_kd.model import ModelShape
-from asr_kd.precision import matmul_rate
+from asr_kd.precision import choose_precision, matmul_rate, precision_context
 from asr_kd.schedule import ScheduleSettings
 from asr_kd.soft_targets import NumberedFrames, SoftTargetRecord, SoftTargetStore, Teachers, extract
 from asr_kd.training import SoftTargets, TrainingSettings, train
@@ -103,19 +103,24 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
     frames = FrameData(Table(torch.randn(options.frames, 1040, generator=generator)), states.int())
     teachers, record = Ensemble(shape, range(10)), SoftTargetRecord(2.0, "arithmetic", options.states, "t", "f", "s")
     batch = torch.randperm(options.frames, generator=generator)[:options.batch]
-    with torch.no_grad():
+    product = (len(teachers), options.batch, shape.hidden_units, shape.hidden_units)
+    precision = choose_precision(options.precision, CPU, product)
+    with precision_context(precision, CPU), torch.no_grad():
         forward = seconds(lambda: teachers(frames.windows.gather(batch)), 5) / len(batch)
-    result: dict[str, Any] = {"threads": torch.get_num_threads(), "shape": shape.__dict__, "batch_frames": options.batch,
-                              "matmul_gflops": matmul_rate(torch.float32, CPU, (1, options.batch, shape.hidden_units, shape.hidden_units)) / 1e9,
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    result: dict[str, Any] = {"threads": torch.get_num_threads(), "shape": shape.__dict__, "batch_frames": options.batch, "precision": precision,
+                              "matmul_gflops": matmul_rate(dtype, CPU, product) / 1e9,
                               "ten_teachers_forward_frames_per_s": 1 / forward}
     student = Ensemble(shape, [0])
     with tempfile.TemporaryDirectory() as folder:
         for form in ("dense", "compact", "sparse"):
             start = time.perf_counter()
-            extract(teachers, frames, Path(folder) / form, record, seed=0, device=CPU, form=form, bytes_per_frame=options.bytes_per_frame)
+            extract(teachers, frames, Path(folder) / form, record, seed=0, device=CPU, form=form, bytes_per_frame=options.bytes_per_frame,
+                    precision=precision)
             extraction_s = time.perf_counter() - start
             store = SoftTargetStore(Path(folder) / form, frames, record, CPU)
-            step_s = seconds(lambda store=store: student_step(student, frames, store, batch), 7)
+            with precision_context(precision, CPU):
+                step_s = seconds(lambda store=store: student_step(student, frames, store, batch), 7)
             read_s = seconds(lambda store=store: store.batch(batch), 20)
             result[form] = {"bytes_per_frame": store.bytes_per_frame, "extraction_frames_per_s": options.frames / extraction_s,
                             "extraction_share_of_forward_rate": forward * options.frames / extraction_s, "read_ms": 1e3 * read_s,
@@ -211,7 +216,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     modes = parser.add_subparsers(required=True)
     defaults: dict[str, dict[str, Any]] = {
-        "speed": {"run": speed, "states": 1200, "hidden_layers": 4, "hidden_units": 512, "batch": 1024, "frames": 20_000, "bytes_per_frame": 128},
+        "speed": {"run": speed, "states": 1200, "hidden_layers": 4, "hidden_units": 512, "batch": 1024, "frames": 100_000,
+                  "bytes_per_frame": 128, "precision": "auto"},
         "simulation": {"run": simulation, "states": 14_000, "num_features": 24, "group_scale": 0.9, "state_scale": 0.7, "frames": 200_000, "dev_frames": 20_000,
                        "hidden_layers": 2, "hidden_units": 128, "epochs": 3.0, "batch": 256, "learning_rate": 2e-3, "bytes_per_frame": 128},
         "corpus": {"run": corpus, "num_features": 40, "frames": 500_000, "dev_frames": 100_000, "teachers": 3,
