@@ -81,6 +81,7 @@ def direct(frames: Frames, temperature: float = 2.0) -> Tensor:
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resumable_frames, "CHUNK_FRAMES", 20)
     monkeypatch.setattr(soft_targets, "LOGITS_AT_ONCE", 3 * NUM_STATES * 8)
+    monkeypatch.setattr(soft_targets, "CACHED_ELEMENTS", NUM_STATES * 3)
 
 
 def expectation(posteriors: Tensor, bytes_per_frame: int, grid: int) -> Tensor:
