@@ -43,7 +43,7 @@ DIRECTIONS = "directions.safetensors"
 SAMPLE_FRAMES = 8192  # frames that the compact form's directions are found from,
 SAMPLE_ELEMENTS = 2**25  # and at most so many probabilities
 LOGITS_AT_ONCE = 2**26  # teachers x frames x states in one forward pass: 256 MB in float32,
-FRAMES_AT_ONCE = 1024  # and at most so many frames: more are no faster
+FRAMES_AT_ONCE = 1024  # and at most so many frames: on a CPU more are no faster
 CACHED_ELEMENTS = 2**18  # frames x states that a CPU averages at a time, so that they stay in its cache: 3.7 times as fast as all at once
 
 
