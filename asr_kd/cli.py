@@ -11,6 +11,7 @@ from pathlib import Path
 
 from asr_kd import __version__
 from asr_kd.errors import AsrKdError
+from asr_kd.runtime import prepare_process
 
 OVERRIDES = "--key value: any setting of the YAML file, e.g. --temperature 5 --num_teachers 4"
 
@@ -22,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str] | None = None) -> int:
     """Call `command` with the arguments less `--debug`; turn what went wrong into one line and an exit code."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: spinning threads starve the processes beside them
+    prepare_process()
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]

@@ -32,10 +32,10 @@ Mean = Literal["arithmetic", "geometric"]
 Reduction = Literal["mean", "sum", "batch", "batchmean", "none"]
 
 REDUCTIONS = ("mean", "sum", "batch", "batchmean", "none")
-# Elements (frames x classes) per block: on a CPU a block stays in the second-level cache; elsewhere it is an eighth of the batch,
+# Elements (frames x classes) per block: on a CPU a block stays in the cache and is worth a second thread; elsewhere it is an eighth of the batch,
 # because a block needs up to six temporaries of its own size and these shall stay below one of size (N, C). Batches below
 # MIN_BLOCK_ELEMENTS (4 MB) go as one, their temporaries being small.
-CPU_BLOCK_ELEMENTS = 2**17
+CPU_BLOCK_ELEMENTS = 2**19
 MIN_BLOCK_ELEMENTS = 2**20
 NUM_BLOCKS = 8
 # On a CPU, batches of dense targets up to this size (8 MB) keep a gradient between forward and backward.

@@ -7,8 +7,9 @@ README.md holds what was measured, where, and with which command.
 from __future__ import annotations
 
 import importlib
-import os
 import sys
+
+from asr_kd.runtime import prepare_process
 
 NAMES = {
     "training": "student steps beside the machine's matrix products and beside the plain SpeechBrain way",
@@ -30,7 +31,7 @@ def main() -> None:
         width = max(map(len, NAMES))
         print(__doc__ + "\n" + "\n".join(f"  {known:{width}}  {text}" for known, text in NAMES.items()))
         sys.exit(0 if name in ("", "-h", "--help") else f"benchmark {name!r}: expected one of {', '.join(NAMES)}")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    prepare_process()
     importlib.import_module(f"tests.benchmarks.{name}").main(sys.argv[2:])
 
 

@@ -1,0 +1,47 @@
+"""What a process sets before torch is imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import os, resource
+from asr_kd.runtime import prepare_process
+prepare_process()
+import torch
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+def step():
+    return [torch.ones(2_000_000) for _ in range(5)]  # 40 MB, all freed at the end
+for _ in range(5):
+    step()
+before = faults()
+for _ in range(10):
+    step()
+print(os.environ["GOMP_SPINCOUNT"], faults() - before)
+"""
+
+
+def outcome(**environment: str) -> tuple[str, int]:
+    """Spin count and page faults of ten steps in a process of its own."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "MALLOC_"))}
+    done = subprocess.run([sys.executable, "-c", SCRIPT], env={**clean, **environment}, capture_output=True, text=True, check=True)
+    spins, faults = done.stdout.split()
+    return spins, int(faults)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
+def test_freed_memory_is_used_again() -> None:
+    spins, faults = outcome()
+    assert spins == "2000"
+    assert faults < 1000  # the system's pages, 4 kB each, would be 97,000
+
+
+def test_the_environment_goes_first() -> None:
+    spins, faults = outcome(GOMP_SPINCOUNT="7", MALLOC_TRIM_THRESHOLD_="131072")
+    assert spins == "7"
+    assert sys.platform != "linux" or faults > 10_000
