@@ -46,6 +46,7 @@ from asr_kd.page import Figure, Note, Page, Section, Table, Text, to_html, to_ma
 from asr_kd.stage import write_text
 
 NONE = "\u2013"  # en dash
+SURE = 0.95  # probability, by paired bootstrap, from which a gain in WER is called one
 Results = Mapping[str, Any]
 
 
@@ -83,11 +84,16 @@ def headline(split: str, rows: Mapping[str, Any]) -> str:
     if rows["ensemble"]["frame_accuracy"] > rows["baseline"]["frame_accuracy"]:
         gains.append(f"{_kept(rows, 'frame_accuracy')} of the ensemble's gain in frame accuracy")
     decoded = all("wer" in rows[system] for system in ("baseline", "ensemble", "distilled"))
+    noise = ""
     if decoded and rows["ensemble"]["wer"] < rows["baseline"]["wer"]:
-        whose = "its" if gains else "the ensemble's"
-        gains.append(f"{_kept(rows, 'wer')} of {whose} gain in word error rate")
-    sentence = f"One network keeps {' and '.join(gains)}" if gains else "The ensemble was no better than its members: there was no gain to keep"
-    return f"{sentence} on {split}.{_control_caveat(rows.get('control', {}), rows['distilled'])}"
+        certainty = rows["ensemble"].get("probability_better", 1.0)
+        if certainty >= SURE:
+            whose = "its" if gains else "the ensemble's"
+            gains.append(f"{_kept(rows, 'wer')} of {whose} gain in word error rate")
+        else:
+            noise = f" The ensemble's gain in word error rate is within the noise (P = {certainty:.2f} by paired bootstrap)."
+    sentence = f"One network keeps {' and '.join(gains)}" if gains else "The ensemble was not surely better than its members: there was no gain to keep"
+    return f"{sentence} on {split}.{noise}{_control_caveat(rows.get('control', {}), rows['distilled'])}"
 
 
 def _control_caveat(control: Mapping[str, Any], student: Mapping[str, Any]) -> str:

@@ -106,6 +106,11 @@ def test_headline(results):
     assert headline("dev-mini", better).endswith(" on dev-mini. The control, trained as long on hard targets alone, has the better word error rate.")
     better["distilled"] = rows["distilled"] | {"probability_better_than_control": 0.3}
     assert headline("dev-mini", better).endswith(" the better word error rate (P = 0.70 by paired bootstrap).")
+    rows["ensemble"]["probability_better"] = 0.94
+    assert headline("dev-mini", rows) == ("One network keeps 88 % of the ensemble's gain in frame accuracy on dev-mini. "
+                                          "The ensemble's gain in word error rate is within the noise (P = 0.94 by paired bootstrap).")
+    rows["ensemble"]["probability_better"] = 0.95
+    assert "82 % of its gain in word error rate" in headline("dev-mini", rows)
     rows["ensemble"]["wer"] = rows["baseline"]["wer"] + 0.001
     assert headline("dev-mini", rows) == "One network keeps 88 % of the ensemble's gain in frame accuracy on dev-mini."
     rows["ensemble"]["frame_accuracy"] = 0.45
