@@ -30,12 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("split")
+    parser.add_argument("--speakers", nargs="+", help="only these of the split, e.g. the tuning speakers")
     parser.add_argument("--utterances", type=int, default=200)
     parser.add_argument("--beam_factors", type=float, nargs="+", default=[0.75, 1.0, 1.25, 2.0])
     parser.add_argument("--jobs", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--context", type=int, nargs=2, default=[20, 5])
     options = parser.parse_args(arguments)
-    utterances = read_manifest(options.run / "manifests" / f"{options.split}.csv")
+    manifest = read_manifest(options.run / "manifests" / f"{options.split}.csv")
+    utterances = [utterance for utterance in manifest if options.speakers is None or utterance.spk_id in options.speakers]
     utterances = utterances[:: max(1, len(utterances) // options.utterances)]
     references = {utterance.utt_id: utterance.words for utterance in utterances}
     windows = Windows(FrameStore(options.run / "features" / options.split), list(references), *options.context)

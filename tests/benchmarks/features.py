@@ -1,4 +1,4 @@
-"""How fast features are: filterbanks beside torchaudio's, a whole split from audio to store, windows per second.
+"""How fast features are: filterbanks beside torchaudio's and (where installed) kaldi-native-fbank's, a whole split from audio to store, windows per second.
 
     python -m tests.benchmarks features SPLIT --data_folder DATA_FOLDER
 
@@ -8,14 +8,18 @@ Times are of one thread's CPU clock, so that other work on the machine disturbs 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torchaudio
+from numpy.typing import NDArray
 
 from asr_kd.audio import read_audio
 from asr_kd.features import BATCH_UTTERANCES, Windows, extract_features, fbank
@@ -35,6 +39,17 @@ def best_cpu_s(work: Callable[[], object], repeats: int = 5) -> float:
     return min(times)
 
 
+def native_fbank(waveform: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Kaldi's own C++ filterbank, as kaldi-native-fbank wraps it: (N,) -> (T, 40)."""
+    native: Any = importlib.import_module("kaldi_native_fbank")
+    settings = native.FbankOptions()
+    settings.frame_opts.dither, settings.mel_opts.num_bins = 0.0, 40
+    computer = native.OnlineFbank(settings)
+    computer.accept_waveform(16000, waveform)
+    computer.input_finished()
+    return np.stack([computer.get_frame(t) for t in range(computer.num_frames_ready)])
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("split")
@@ -47,6 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ours_s = best_cpu_s(lambda: [fbank(batch) for batch in batches])
     theirs_s = best_cpu_s(lambda: [torchaudio.compliance.kaldi.fbank(torch.from_numpy(waveform)[None], num_mel_bins=40) for waveform in waveforms])
     figures: dict[str, float] = {"fbank_times_real_time": sum(map(len, waveforms)) / 16000 / ours_s, "faster_than_torchaudio": theirs_s / ours_s}
+    if importlib.util.find_spec("kaldi_native_fbank"):
+        figures["faster_than_kaldi_native_fbank"] = best_cpu_s(lambda: [native_fbank(waveform) for waveform in waveforms]) / ours_s
+        pairs = [(native_fbank(waveform), ours.numpy()) for waveform, ours in zip(waveforms[:BATCH_UTTERANCES], fbank(batches[0]), strict=True)]
+        figures["largest_difference_to_kaldi_native_fbank"] = max(float(np.abs(native - ours).max()) for native, ours in pairs)
     with tempfile.TemporaryDirectory() as folder:
         wall, cpu = time.monotonic(), time.process_time()
         extract_features(utterances, Path(folder), num_jobs=1)
