@@ -2,8 +2,8 @@
 
 `row_losses` and `row_gradients` take and return what `_row_losses` and `_row_gradients` of `asr_kd.losses` do, their reference.
 Softmax and sums are done in float32. Nothing of size (N, C) exists beside input and result: the classes of a frame are worked
-through in blocks with a running maximum (Milakov & Gimelshein 2018, arXiv 1805.02867), and sparse targets become dense block by
-block, on the chip. The loss takes one pass over the classes, the gradient two.
+through in blocks with a running maximum (Milakov & Gimelshein 2018, arXiv 1805.02867). The loss takes one pass over the classes, the
+gradient two. Of sparse targets these passes know the tail alone; the k listed classes are gathered and mended afterwards.
 
 Importing this module needs Triton; `asr_kd.losses` does so with the first logits on a CUDA device.
 """
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from asr_kd.losses import _Rows, _Settings
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Each class is compared with each listed one, which is cheap for a few dozen of them.
-MAX_LISTED = 128
+MAX_LISTED = 128  # each listed class is compared with each other one
 MAX_BLOCK = 4096
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
@@ -70,6 +69,7 @@ def _launch(kernel: Any, result: Tensor, logits: Tensor, rows: _Rows, settings: 
             **arguments,
             NUM_CLASSES=num_classes,
             NUM_LISTED=0 if indices is None else indices.shape[-1],
+            LISTED_BLOCK=1 if indices is None else triton.next_power_of_2(indices.shape[-1]),
             BLOCK=block,
             num_warps=8 if block == MAX_BLOCK else 4,
         )
@@ -91,6 +91,7 @@ def _loss_kernel(
     KL: tl.constexpr,
     NUM_CLASSES: tl.constexpr,
     NUM_LISTED: tl.constexpr,
+    LISTED_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One frame's loss."""
@@ -102,13 +103,18 @@ def _loss_kernel(
     logits_ptr += row * logits_stride
     soft_ptr += row * soft_stride
     each = _each_unlisted(tail_ptr, row, NUM_CLASSES, NUM_LISTED)
-    top, soft_sum, hard_sum, mass, score, negative_entropy = _sums(logits_ptr, soft_ptr, index_ptr, row, each, temperature, NUM_CLASSES, NUM_LISTED, BLOCK)
+    top, soft_sum, hard_sum, mass, score, negative_entropy = _sums(logits_ptr, soft_ptr, index_ptr, temperature, NUM_CLASSES, BLOCK)
     if index_ptr is not None:  # classes listed twice add up in the loss; the entropy is that of the list, as in the reference
-        negative_entropy = (NUM_CLASSES - NUM_LISTED) * _p_log_p(each)
-        for j in range(NUM_LISTED):
-            negative_entropy += _p_log_p(tl.load(soft_ptr + j).to(tl.float32))
-            index = tl.load(index_ptr + row * NUM_LISTED + j)
-            mass = tl.where((index >= 0) & (index < NUM_CLASSES), mass, float("nan"))
+        ids, p, used, in_range = _listed(soft_ptr, index_ptr, row, NUM_CLASSES, NUM_LISTED, LISTED_BLOCK)
+        z = tl.load(logits_ptr + ids, mask=in_range, other=float("-inf")).to(tl.float32)
+        finite = z > float("-inf")
+        exponents = tl.where(finite, (z - top) / temperature, 0.0)
+        num_masked = NUM_CLASSES - mass - tl.sum(tl.where(in_range & (z == float("-inf")), 1.0, 0.0), 0)  # of the unlisted classes
+        unlisted = score - tl.sum(exponents, 0) + tl.where(num_masked > 0, LOWEST, 0.0)
+        score = tl.sum(p * tl.where(finite, exponents, LOWEST), 0) + each * unlisted
+        mass = tl.sum(p, 0) + each * (NUM_CLASSES - NUM_LISTED)
+        mass = tl.where(tl.max(tl.where(used & ~in_range, 1, 0), 0) == 0, mass, float("nan"))
+        negative_entropy = tl.sum(_p_log_p(p), 0) + (NUM_CLASSES - NUM_LISTED) * _p_log_p(each)
     soft_loss = mass * tl.log(soft_sum) - score
     if KL:
         soft_loss += negative_entropy
@@ -137,6 +143,7 @@ def _gradient_kernel(
     weights_ptr,
     NUM_CLASSES: tl.constexpr,
     NUM_LISTED: tl.constexpr,
+    LISTED_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One frame of weights * (T * (mass * q - p) + hard_weight * (softmax(z) - onehot(y)))."""
@@ -151,24 +158,42 @@ def _gradient_kernel(
     logits_ptr += row * logits_stride
     soft_ptr += row * soft_stride
     each = _each_unlisted(tail_ptr, row, NUM_CLASSES, NUM_LISTED)
-    top, soft_sum, hard_sum, mass, _, _ = _sums(logits_ptr, soft_ptr, index_ptr, row, each, temperature, NUM_CLASSES, NUM_LISTED, BLOCK)
+    top, soft_sum, hard_sum, mass, _, _ = _sums(logits_ptr, soft_ptr, index_ptr, temperature, NUM_CLASSES, BLOCK)
     weight = tl.load(weights_ptr + row).to(tl.float32)
+    if index_ptr is not None:
+        ids, p, _, in_range = _listed(soft_ptr, index_ptr, row, NUM_CLASSES, NUM_LISTED, LISTED_BLOCK)
+        mass = tl.sum(p, 0) + each * (NUM_CLASSES - NUM_LISTED)
     for start in range(0, NUM_CLASSES, BLOCK):
         classes = start + tl.arange(0, BLOCK)
-        shifted = tl.load(logits_ptr + classes, mask=classes < NUM_CLASSES, other=float("-inf")).to(tl.float32) - top
-        p = _probabilities(soft_ptr, index_ptr, row, each, classes, NUM_CLASSES, NUM_LISTED, BLOCK)
-        gradient = temperature * (mass / soft_sum * tl.exp(shifted / temperature) - p)
-        if hard_ptr is not None:
-            posteriors = tl.exp(shifted) / hard_sum
-            gradient += hard_weight * tl.where(classes == tl.load(hard_ptr + row), posteriors - 1, posteriors)
-        tl.store(gradient_ptr + classes, weight * gradient, mask=classes < NUM_CLASSES)
+        inside = classes < NUM_CLASSES
+        shifted = tl.load(logits_ptr + classes, mask=inside, other=float("-inf")).to(tl.float32) - top
+        block_p = each if index_ptr is not None else tl.load(soft_ptr + classes, mask=inside, other=0.0).to(tl.float32)
+        gradient = _gradient(shifted, classes, block_p, mass / soft_sum, hard_sum, hard_ptr, row, temperature, hard_weight)
+        tl.store(gradient_ptr + classes, weight * gradient, mask=inside)
+    if index_ptr is not None:
+        tl.debug_barrier()  # what follows overwrites what other threads of the program have written
+        p = tl.sum(tl.where(ids[:, None] == ids[None, :], p[None, :], 0.0), 1)  # classes listed twice add up
+        shifted = tl.load(logits_ptr + ids, mask=in_range, other=float("-inf")).to(tl.float32) - top
+        gradient = _gradient(shifted, ids, p, mass / soft_sum, hard_sum, hard_ptr, row, temperature, hard_weight)
+        tl.store(gradient_ptr + ids, weight * gradient, mask=in_range)
 
 
 @triton.jit
-def _sums(logits_ptr, soft_ptr, index_ptr, row, each, temperature, NUM_CLASSES: tl.constexpr, NUM_LISTED: tl.constexpr, BLOCK: tl.constexpr):
+def _gradient(shifted, classes, p, soft_factor, hard_sum, hard_ptr, row, temperature, hard_weight):
+    """T * (mass * q - p) + hard_weight * (softmax(z) - onehot(y)) of some classes; soft_factor is mass / sum of exp((z - top) / T)."""
+    gradient = temperature * (soft_factor * tl.exp(shifted / temperature) - p)
+    if hard_ptr is not None:
+        posteriors = tl.exp(shifted) / hard_sum
+        gradient += hard_weight * tl.where(classes == tl.load(hard_ptr + row), posteriors - 1, posteriors)
+    return gradient
+
+
+@triton.jit
+def _sums(logits_ptr, soft_ptr, index_ptr, temperature, NUM_CLASSES: tl.constexpr, BLOCK: tl.constexpr):
     """One pass over a frame: the largest logit, sum of exp((z - top) / T), of exp(z - top), of p, of p * (z - top) / T, of p * log p.
 
-    The last sums only move away from 0 as the maximum grows, so that nothing cancels.
+    For sparse targets p is 1 where a class is not masked, 0 where it is. The last sums only move away from 0 as the maximum grows, so that
+    nothing cancels.
     """
     top = float("-inf")
     soft_sum = 0.0
@@ -179,7 +204,10 @@ def _sums(logits_ptr, soft_ptr, index_ptr, row, each, temperature, NUM_CLASSES: 
     for start in range(0, NUM_CLASSES, BLOCK):
         classes = start + tl.arange(0, BLOCK)
         z = tl.load(logits_ptr + classes, mask=classes < NUM_CLASSES, other=float("-inf")).to(tl.float32)
-        p = _probabilities(soft_ptr, index_ptr, row, each, classes, NUM_CLASSES, NUM_LISTED, BLOCK)
+        if index_ptr is None:  # noqa: SIM108 (decided by the compiler)
+            p = tl.load(soft_ptr + classes, mask=classes < NUM_CLASSES, other=0.0).to(tl.float32)
+        else:
+            p = tl.where(z > float("-inf"), 1.0, 0.0)
         new_top = tl.maximum(top, tl.max(z, 0))
         shift = tl.where(new_top == float("-inf"), 0.0, new_top)  # all classes so far are masked
         drop = tl.where(top == float("-inf"), 0.0, top - shift)
@@ -193,19 +221,14 @@ def _sums(logits_ptr, soft_ptr, index_ptr, row, each, temperature, NUM_CLASSES: 
 
 
 @triton.jit
-def _probabilities(soft_ptr, index_ptr, row, each, classes, NUM_CLASSES: tl.constexpr, NUM_LISTED: tl.constexpr, BLOCK: tl.constexpr):
-    """Soft targets of a block of classes, 0 beyond the last one."""
-    if index_ptr is None:
-        p = tl.load(soft_ptr + classes, mask=classes < NUM_CLASSES, other=0.0).to(tl.float32)
-    else:
-        p = tl.zeros([BLOCK], tl.float32)
-        listed = classes < 0
-        for j in range(NUM_LISTED):
-            here = classes == tl.load(index_ptr + row * NUM_LISTED + j)
-            p += tl.where(here, tl.load(soft_ptr + j).to(tl.float32), 0.0)
-            listed |= here
-        p = tl.where(listed | (classes >= NUM_CLASSES), p, each)
-    return p
+def _listed(soft_ptr, index_ptr, row, NUM_CLASSES: tl.constexpr, NUM_LISTED: tl.constexpr, LISTED_BLOCK: tl.constexpr):
+    """Ids and probabilities of the listed classes, which places of the block are used, and which ids are those of classes."""
+    places = tl.arange(0, LISTED_BLOCK)
+    used = places < NUM_LISTED
+    ids = tl.load(index_ptr + row * NUM_LISTED + places, mask=used, other=0)
+    in_range = used & (ids >= 0) & (ids < NUM_CLASSES)
+    p = tl.load(soft_ptr + places, mask=in_range, other=0.0).to(tl.float32)
+    return tl.where(in_range, ids, 0).to(tl.int32), p, used, in_range
 
 
 @triton.jit

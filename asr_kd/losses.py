@@ -360,11 +360,13 @@ def _working_kernels(device: torch.device) -> ModuleType | None:
     except ImportError:
         return None
     logits = torch.arange(6.0, device=device).view(2, 3)
-    rows = _Rows(logits.softmax(-1), None, None, logits.argmin(-1), None)
-    settings, weights = _Settings(2.0, 0.5, True, True), torch.ones(2, device=device)
+    posteriors, hard, weights = logits.softmax(-1), logits.argmin(-1), torch.ones(2, device=device)
+    indices, tail = posteriors.argsort()[:, 1:], posteriors.amin(-1)
+    settings = _Settings(2.0, 0.5, True, True)
     try:
-        torch.testing.assert_close(fused_losses.row_losses(logits, rows, settings), _row_losses(logits, rows, settings))
-        torch.testing.assert_close(fused_losses.row_gradients(logits, rows, settings, weights), _row_gradients(logits, rows, settings, weights))
+        for rows in (_Rows(posteriors, None, None, hard, None), _Rows(posteriors.gather(1, indices), indices, tail, hard, None)):
+            torch.testing.assert_close(fused_losses.row_losses(logits, rows, settings), _row_losses(logits, rows, settings))
+            torch.testing.assert_close(fused_losses.row_gradients(logits, rows, settings, weights), _row_gradients(logits, rows, settings, weights))
     except Exception as error:  # no C compiler, a device that Triton does not know, ...
         warnings.warn(f"asr_kd.fused_losses does not work on {device}, the plain form is used: {type(error).__name__}: {error}", stacklevel=2)
         return None

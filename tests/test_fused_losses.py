@@ -137,6 +137,17 @@ class TestOnDevice:
         assert loss > 1e37
         torch.testing.assert_close(torch.autograd.grad(loss, logits)[0], torch.tensor([[-0.25, 0.0, 0.25]], device=DEVICE))
 
+    def test_masked_classes_beside_a_tail(self, kernels: Any) -> None:
+        logits = torch.tensor([[-math.inf, 0.0, 1.0, 2.0, 3.0], [0.0, 1.0, -math.inf, 2.0, 3.0]], device=DEVICE, requires_grad=True)
+        for p in (0.0, 0.25):  # of a class that is masked in the first frame; in the second, the tail has a masked one
+            indices, listed, tail = torch.tensor([[0, 4]] * 2), torch.tensor([[p, 0.5 - p]] * 2), torch.full((2,), 0.5)
+            soft = SparseTargets(indices, listed, tail).map(lambda tensor: tensor.to(DEVICE))
+            fused, plain = (distillation_loss(logits, soft, temperature=2.0, reduction="none", fused=choice) for choice in (True, False))
+            assert (fused > 1e30).tolist() == (plain > 1e30).tolist() == [p > 0, True]
+            torch.testing.assert_close(fused[fused < 1e30], plain[plain < 1e30])
+            weights = torch.ones(2, device=DEVICE)
+            torch.testing.assert_close(torch.autograd.grad(fused, logits, weights)[0], torch.autograd.grad(plain, logits, weights)[0])
+
     def test_nan_where_there_is_no_distribution(self, kernels: Any) -> None:
         logits = torch.zeros(4, 6, device=DEVICE)
         logits[0, 5], logits[1], soft = math.nan, -math.inf, torch.full((4, 6), 1 / 6, device=DEVICE)
@@ -188,7 +199,7 @@ def test_the_kernels_compile_for_gpus_without_one(monkeypatch: pytest.MonkeyPatc
             (fused_losses._gradient_kernel, {"gradient_ptr": dtype, "weights_ptr": "*fp32"}, {}),
         ):
             constants = {name: None for name in pointers if name not in present} | others
-            constants |= {"NUM_CLASSES": 14000, "NUM_LISTED": 32 if "index_ptr" in present else 0, "BLOCK": 4096}
+            constants |= {"NUM_CLASSES": 14000, "NUM_LISTED": 63 if "index_ptr" in present else 0, "LISTED_BLOCK": 64, "BLOCK": 4096}
             types = {"logits_ptr": dtype, "soft_ptr": "*fp32", "logits_stride": "i64", "soft_stride": "i64", "temperature": "fp32", "hard_weight": "fp32"}
             types |= result | pointers | dict.fromkeys(constants, "constexpr")
             source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, constants)
