@@ -104,25 +104,43 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 def _sweep(options: argparse.Namespace, overrides: Sequence[str]) -> None:
     from asr_kd.experiment import run
+    from asr_kd.settings import load_settings
 
+    settings = load_settings(options.hparams, overrides)
+    if not settings.dev_splits and not settings.test_splits:
+        raise AsrKdError("sweep: dev_splits and test_splits are empty, expected a split to score the students on; give --dev_splits SPLIT")
     run(options.hparams, overrides, sweep=True)
 
 
 def _transcribe(options: argparse.Namespace, _: Sequence[str]) -> None:
     from asr_kd.bundle import load_bundle, transcribe
 
-    bundle = load_bundle(options.bundle)
+    bundle, several = load_bundle(options.bundle), len(options.files) > 1
+    failed: list[AsrKdError] = []
     for path in options.files:
-        words = transcribe(bundle, path)
-        print(f"{path}\t{' '.join(words)}" if len(options.files) > 1 else " ".join(words), flush=True)
+        try:
+            words = transcribe(bundle, path)
+        except AsrKdError as error:
+            if not several:
+                raise
+            print(f"asr-kd: {error}", file=sys.stderr)
+            failed.append(error)
+        else:
+            print(f"{path}\t{' '.join(words)}" if several else " ".join(words), flush=True)
+    if failed:
+        raise AsrKdError(f"{len(failed)} of {len(options.files)} files were not transcribed, see above") from failed[-1]
 
 
 def _report(options: argparse.Namespace, _: Sequence[str]) -> None:
     from asr_kd.report import write_report
     from asr_kd.stage import read_json
 
-    write_report(options.output_folder, read_json(options.output_folder / "results.json"))
-    print(options.output_folder / "report.html")
+    path = options.output_folder / "results.json"
+    results = read_json(path)
+    try:
+        print(write_report(options.output_folder, results))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise AsrKdError(f"{path}: not the results of a run ({error!r}); give the output folder of a finished run, or run the recipe again") from error
 
 
 if __name__ == "__main__":

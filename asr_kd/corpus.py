@@ -11,10 +11,10 @@ from pathlib import Path
 from asr_kd.errors import AsrKdError
 from asr_kd.g2p import complete_lexicon
 from asr_kd.lexicon import Lexicon, read_lexicon
-from asr_kd.lm import estimate_kneser_ney, write_arpa
+from asr_kd.lm import estimate_kneser_ney, read_vocabulary, write_arpa
 from asr_kd.manifest import Utterance, check_unique, find_split, load_split, read_manifest, write_exclusions, write_manifest
-from asr_kd.settings import Settings
-from asr_kd.stage import Record, file_fingerprint, run_stage
+from asr_kd.settings import Settings, split_name
+from asr_kd.stage import Record, file_fingerprint, fingerprint, run_stage
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def prepare_corpus(settings: Settings, data_folder: Path) -> tuple[Corpus, Recor
     Raises:
         AsrKdError: no such split, an utterance id in two splits, or a tuning speaker who is not in the training splits.
     """
-    names = {split: Path(split).stem if split.endswith(".csv") else split for split in (*settings.train_splits, *settings.dev_splits, *settings.test_splits)}
+    names = {split: split_name(split) for split in (*settings.train_splits, *settings.dev_splits, *settings.test_splits)}
     if len(set(names.values())) < len(names):
         raise AsrKdError(f"splits {', '.join(names)}: two have the same name; rename a manifest")
 
@@ -130,13 +130,17 @@ def choose_tuning_speakers(utterances: Sequence[Utterance], share: float = 0.05)
 def prepare_text(settings: Settings, corpus: Corpus, lexicon_paths: Sequence[Path], arpa: Path | None, lm_text: Path | None) -> tuple[Text, Record]:
     """Complete the lexicon for the transcripts; estimate the language model where none is given.
 
-    Without `arpa` and `lm_text` the language model is estimated from the training transcripts.
+    Without `arpa` and `lm_text` the language model is estimated from the training transcripts. Where pronunciations are generated, all words of
+    the language model get one: which words can be recognised must not depend on the transcripts of the reported splits.
     """
     folder = settings.output / "text"
+    use_g2p = settings.unknown_words == "g2p"
+    lm_words = _lm_words(corpus, arpa, lm_text) if use_g2p else set()
+    lacking = read_lexicon(lexicon_paths, settings.strip_stress).missing(lm_words) if lm_words else []
 
     def work(folder: Path) -> None:
         utterances = [utterance for split in corpus.splits.values() for utterance in split]
-        extended, generated, exclusions = complete_lexicon(read_lexicon(lexicon_paths, settings.strip_stress), utterances, settings.unknown_words == "g2p")
+        extended, generated, exclusions = complete_lexicon(read_lexicon(lexicon_paths, settings.strip_stress), utterances, use_g2p, lm_words)
         extended.write(folder / "lexicon.txt")
         generated.write(folder / "lexicon_generated.txt")
         write_exclusions(folder / "without_pronunciation.csv", exclusions)
@@ -145,9 +149,17 @@ def prepare_text(settings: Settings, corpus: Corpus, lexicon_paths: Sequence[Pat
 
     inputs = {"manifests": corpus.fingerprint} | {f"lexicon {n}": file_fingerprint(path) for n, path in enumerate(lexicon_paths)}
     inputs |= {name: file_fingerprint(path) for name, path in (("lm", arpa), ("lm_text", lm_text)) if path is not None}
+    inputs |= {"lm_words": fingerprint(lacking)} if lacking else {}
     choices = {"strip_stress": settings.strip_stress, "unknown_words": settings.unknown_words, "lm_order": settings.lm_order if arpa is None else None}
     record = run_stage("text", folder, choices, inputs, work)
     return Text(read_lexicon([folder / "lexicon.txt"]), arpa or folder / "lm.arpa", record.fingerprint), record
+
+
+def _lm_words(corpus: Corpus, arpa: Path | None, lm_text: Path | None) -> set[str]:
+    """Words of the language model; none where it is estimated from the training transcripts, which are pronounced anyway."""
+    if arpa is not None:
+        return set(read_vocabulary(arpa))
+    return {word for sentence in _sentences(corpus, lm_text) for word in sentence} if lm_text is not None else set()
 
 
 def _sentences(corpus: Corpus, lm_text: Path | None) -> list[list[str]]:
@@ -161,13 +173,21 @@ def _sentences(corpus: Corpus, lm_text: Path | None) -> list[list[str]]:
 
 
 def _transcripts_fingerprint(split: str, data_folder: Path) -> str:
-    """Identifies a split's transcripts and which audio files lie beside them, without reading the audio."""
+    """Identifies a split's transcripts and which audio files belong to them, without reading the audio."""
     path = find_split(split, data_folder)
     if path.is_file():
-        return file_fingerprint(path)
+        return fingerprint([file_fingerprint(path), [_file_state(utterance.wav) for utterance in read_manifest(path, data_folder)]])
     digest = hashlib.sha256()
     for file in sorted(path.glob("*/*/*")):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
         if file.name.endswith(".trans.txt"):
             digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _file_state(path: Path) -> list[object]:
+    """Path, size and time of the last change, or that there is no file."""
+    if not path.is_file():
+        return [path, "missing"]
+    state = path.stat()
+    return [path, state.st_size, state.st_mtime_ns]

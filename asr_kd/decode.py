@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -289,17 +290,17 @@ def read_trn(path: Path | str) -> dict[str, tuple[str, ...]]:
 
 
 def _load_graph(folder: Path, word_insertion_penalty: float) -> Any:
-    """The graph with the penalty in the weights of arcs that carry a word; the file with them is gone after reading."""
+    """The graph with the penalty in the weights of arcs that carry a word; the file with them, for temporary files, is gone after reading."""
     if not word_insertion_penalty:
         return kaldifst.StdConstFst.read(str(folder / GRAPH))
-    copy = folder / f".{GRAPH}.part-{os.getpid()}"
     try:
-        copy_with_word_cost(folder / GRAPH, copy, word_insertion_penalty)
-        return kaldifst.StdConstFst.read(str(copy))
+        with tempfile.NamedTemporaryFile(suffix=f"-{GRAPH}") as copy:
+            copy_with_word_cost(folder / GRAPH, copy.name, word_insertion_penalty)
+            return kaldifst.StdConstFst.read(copy.name)
     except OSError as error:
-        raise AsrKdError(f"{copy}: could not be written ({error.strerror or error}); free space or choose another output_folder") from error
-    finally:
-        copy.unlink(missing_ok=True)
+        size = os.path.getsize(folder / GRAPH) / 1e9
+        raise AsrKdError(f"{tempfile.gettempdir()}: no room for a copy of {folder / GRAPH} ({error.strerror or error}), expected {size:.2f} GB; "
+                         "set TMPDIR to a folder that has it") from error
 
 
 def _unique(utterances: Utterances) -> Iterator[tuple[str, NDArray[np.float32]]]:

@@ -68,7 +68,7 @@ class Ensemble(nn.Module):
     @classmethod
     def of(cls, models: Sequence[AcousticModel]) -> Ensemble:
         """Stack models of one shape; their input mean and scale must be the same."""
-        ensemble = cls(models[0].shape, range(len(models)))
+        ensemble = cls(models[0].shape, range(len(models))).to(models[0].input_mean.device)
         for k, model in enumerate(models):
             if model.shape != models[0].shape or not torch.equal(model.input_mean, models[0].input_mean):
                 raise AsrKdError(f"member {k}: shape {model.shape}, expected {models[0].shape} and the same input mean; stack models of one training run")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from asr_kd.recognition import Recogniser, decode_system, prepare_graph, tune_de
 from asr_kd.results import Systems, make_results, score_system, write_results
 from asr_kd.settings import Settings, load_settings
 from asr_kd.sources import find_sources
-from asr_kd.stage import Record
+from asr_kd.stage import Record, read_json
 from asr_kd.targets import Targets, prepare_features, prepare_targets, realign
 
 log = logging.getLogger(__name__)
@@ -108,22 +109,35 @@ def run_experiment(settings: Settings, sweep: bool = False) -> dict[str, Any]:
         systems.decoded[name], stages[f"decode {name}"] = decode_system(settings, recogniser, name, network, stages[stage].fingerprint, windows)
 
     costs, stages["bundle"] = publish_student(settings, corpus, text, features, targets, student, stages["student"], recogniser, systems.decoded["distilled"])
-    results = {"cost_of_normalisation": costs}
+    results: dict[str, Any] = {"cost_of_normalisation": costs}
+    systems_of_sweep = [stages["student"].fingerprint, recogniser.fingerprint]
     if sweep:
         split = corpus.evaluation[0]
-        results["temperature_sweep"] = sweep_temperatures(settings, corpus, targets, recogniser, split, windows[split], distil)
+        rows = sweep_temperatures(settings, corpus, targets, recogniser, split, windows[split], distil)
+        results["temperature_sweep"] = {"split": split, "rows": rows, "of": systems_of_sweep}
+    elif (earlier := earlier_sweep(out / "results.json")).get("of") == systems_of_sweep:
+        results["temperature_sweep"] = earlier
     return make_results(settings, corpus, targets, windows, systems, recogniser, stages) | results if rank() == 0 else {}
 
 
 def sweep_temperatures(settings: Settings, corpus: Corpus, targets: Targets, recogniser: Recogniser, split: str, windows: Windows,
-                       distil: Callable[[float], tuple[Ensemble, Record]]) -> dict[str, Any]:
+                       distil: Callable[[float], tuple[Ensemble, Record]]) -> list[dict[str, Any]]:
     """One student per temperature, everything else equal, scored on one split."""
     rows = []
     for temperature in settings.sweep_temperatures:
         student, record = distil(temperature)
         decoded, _ = decode_system(settings, recogniser, f"distilled_T{temperature:g}", student, record.fingerprint, {split: windows})
         rows.append({"temperature": temperature, **score_system(student, split, windows, corpus, targets, decoded[split].words)})
-    return {"split": split, "rows": rows}
+    return rows
+
+
+def earlier_sweep(path: Path) -> dict[str, Any]:
+    """The temperature sweep in an earlier run's results; empty where there is none."""
+    with suppress(AsrKdError):
+        results = read_json(path)
+        sweep = results.get("temperature_sweep") if isinstance(results, dict) else None
+        return sweep if isinstance(sweep, dict) else {}
+    return {}
 
 
 def check_device(device: str) -> None:

@@ -163,7 +163,7 @@ def extract_features(utterances: Sequence[Utterance], folder: Path | str, option
     if cmvn not in CMVN:
         raise AsrKdError(f"cmvn {cmvn!r}: expected one of {', '.join(CMVN)}")
     check_unique(utterances)
-    raw_folder = folder / "raw"
+    raw_folder = folder / ".raw.part-0"
     prefix = "" if speed == 1.0 else f"sp{speed:g}-"
     shards = [list(utterances[start:start + SHARD_UTTERANCES]) for start in range(0, len(utterances), SHARD_UTTERANCES)]
     with progress(desc=f"features {folder.name}", total=sum(u.duration_s for u in utterances) / 3600, unit="h") as bar:

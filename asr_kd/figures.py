@@ -82,7 +82,7 @@ def _draw_curve(axis: Axes, curve: Mapping[str, Any], system: str, label: str) -
     """One network's or several members' curve; a member that diverged has None from there on."""
     for measure, line in (("frame_accuracy", "-"), ("train_frame_accuracy", ":")):
         evaluations = [[100 * value for value in members if value is not None] for members in curve.get(measure, [])]
-        points = [(epoch, values) for epoch, values in zip(curve["epoch"], evaluations, strict=False) if values]
+        points = [(epoch, values) for epoch, values in zip(curve.get("epoch", []), evaluations, strict=False) if values]
         if not points:
             continue
         epochs = [epoch for epoch, _ in points]

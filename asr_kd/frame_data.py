@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -46,10 +47,12 @@ class FrameData:
     Attributes:
         windows: frame numbers (B,) -> windows (B, input_dim).
         targets: (N,) int32 state ids on the training device.
+        original_ids: (U,) the utterance that each is a speed variant of; by default as `original_ids` finds without stores.
     """
 
     windows: WindowSource
     targets: Tensor
+    original_ids: Sequence[str] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -123,6 +126,7 @@ class StreamedFrames:
         lengths = [_checked_length(utt_id, self._features[utt_id], self._targets) for utt_id in self.utt_ids]
         self.offsets: NDArray[np.int64] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         self.num_frames = int(self.offsets[-1])
+        self._original_ids = original_ids(self.utt_ids, self._features)
         self._stores = [features] if isinstance(features, FrameStore) else list(features)
         number = {id(store): n for n, store in enumerate(self._stores)}
         self._store_number = np.array([number[id(self._features[utt_id])] for utt_id in self.utt_ids])
@@ -150,7 +154,7 @@ class StreamedFrames:
     def parts(self, seed: int, epoch: int, variants: str) -> list[Part]:
         """The frames of an epoch in random order, a function of `seed` and `epoch` alone."""
         rng = np.random.default_rng([seed, epoch])
-        positions = np.sort(_chosen_variants(self.utt_ids, rng)) if variants == "one" else np.arange(len(self.utt_ids))
+        positions = np.sort(_chosen_variants(self._original_ids, rng)) if variants == "one" else np.arange(len(self.utt_ids))
         lengths = np.diff(self.offsets)[positions]
         chunks = _runs(positions, lengths, self.chunk_frames)
         shuffled = [chunks[n] for n in rng.permutation(len(chunks))]
@@ -171,8 +175,9 @@ TrainingFrames = FrameData | StreamedFrames
 
 
 def load_ahead(loads: Sequence[Callable[[], Loaded]]) -> Iterator[Loaded]:
-    """Results in order, the next one being loaded by a thread while the present one is used."""
-    with ThreadPoolExecutor(1) as pool:
+    """Results in order, the next one being loaded by a thread while the present one is used; "cuda" is the same GPU to both."""
+    on_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    with ThreadPoolExecutor(1, initializer=partial(torch.cuda.set_device, torch.cuda.current_device()) if on_gpu else None) as pool:
         coming = pool.submit(loads[0]) if loads else None
         for following in [*loads[1:], None]:
             if coming is None:
@@ -205,13 +210,14 @@ def load_frame_data(features: FrameStore | Sequence[FrameStore] | Mapping[str, F
     """
     if not utt_ids:
         raise AsrKdError("no utterances to train on; check train_splits, tuning_speakers and the lists of excluded utterances")
+    features = features if isinstance(features, Mapping) else store_of_each(features)
     windows = Windows(features, list(utt_ids), left, right, device)
     store_of = targets if isinstance(targets, Mapping) else _store_of_each_target(targets)
     parts = []
     for utt_id, num_frames in zip(utt_ids, np.diff(windows.offsets), strict=True):
         check_targets_of(utt_id, num_frames, store_of)
         parts.append(store_of[utt_id][utt_id])
-    return FrameData(windows, torch.from_numpy(np.concatenate(parts).astype(np.int32)).to(device))
+    return FrameData(windows, torch.from_numpy(np.concatenate(parts).astype(np.int32)).to(device), original_ids(utt_ids, features))
 
 
 def epoch_frames(data: FrameData, seed: int, epoch: int, variants: str = "one") -> Tensor:
@@ -223,20 +229,36 @@ def epoch_frames(data: FrameData, seed: int, epoch: int, variants: str = "one") 
     rng = np.random.default_rng([seed, epoch])
     if variants == "all":
         return torch.from_numpy(rng.permutation(data.num_frames))
-    chosen = _chosen_variants(data.utt_ids, rng)
+    chosen = _chosen_variants(original_ids(data.utt_ids) if data.original_ids is None else data.original_ids, rng)
     if len(chosen) == len(data.utt_ids):
         return torch.from_numpy(rng.permutation(data.num_frames))
     frames = np.concatenate([np.arange(data.offsets[position], data.offsets[position + 1]) for position in chosen])
     return torch.from_numpy(rng.permutation(frames))
 
 
-def _chosen_variants(utt_ids: Sequence[str], rng: np.random.Generator) -> list[int]:
+def original_ids(utt_ids: Sequence[str], store_of: Mapping[str, FrameStore] | None = None) -> list[str]:
+    """The utterance that each of `utt_ids` is a speed variant of: itself, or a copy's id without its prefix.
+
+    Copies are known by the speed that their feature store records. Where none is recorded, they are those whose id without prefix is among
+    `utt_ids`, for ids may begin like a copy's by themselves ("sp1-0001").
+    """
+    present = set(utt_ids)
+    originals = []
+    for utt_id in utt_ids:
+        bare = _SPEED_PREFIX.sub("", utt_id)
+        speed = store_of[utt_id].attributes.get("speed") if store_of else None
+        is_copy = bare in present if speed is None else speed != 1.0
+        originals.append(bare if is_copy else utt_id)
+    return originals
+
+
+def _chosen_variants(originals: Sequence[str], rng: np.random.Generator) -> list[int]:
     """Position of one speed variant of each utterance; all positions, and nothing drawn, where there is one of each."""
     groups: dict[str, list[int]] = {}
-    for position, utt_id in enumerate(utt_ids):
-        groups.setdefault(_SPEED_PREFIX.sub("", utt_id), []).append(position)
-    if len(groups) == len(utt_ids):
-        return list(range(len(utt_ids)))
+    for position, original in enumerate(originals):
+        groups.setdefault(original, []).append(position)
+    if len(groups) == len(originals):
+        return list(range(len(originals)))
     return [positions[rng.integers(len(positions))] for positions in groups.values()]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from asr_kd.errors import AsrKdError
 from asr_kd.espeak import espeak
@@ -34,15 +34,22 @@ NEAREST = {
 VOWELS = frozenset({"AA", "AE", "AH", "AO", "AW", "AX", "AY", "EH", "ER", "EY", "IH", "IY", "OW", "OY", "UH", "UW"})
 
 
-def complete_lexicon(lexicon: Lexicon, utterances: Iterable[Utterance], use_g2p: bool = True) -> tuple[Lexicon, Lexicon, list[Exclusion]]:
-    """Pronounce the words of `utterances` that `lexicon` lacks, or leave their utterances out.
+def complete_lexicon(lexicon: Lexicon, utterances: Iterable[Utterance], use_g2p: bool = True,
+                     lm_words: Collection[str] = ()) -> tuple[Lexicon, Lexicon, list[Exclusion]]:
+    """Pronounce the words of `utterances` that `lexicon` lacks, or leave their utterances out; pronounce `lm_words` too.
 
     Returns:
         The extended lexicon; its generated part alone, to be written to a file; the utterances that still hold a word without
         pronunciation, each with those words. Nothing is generated without espeak-ng, for a lexicon that is not ARPAbet (both logged), or with `use_g2p` False.
+
+    Raises:
+        AsrKdError: the transcripts or the words of the language model are in another case than the lexicon.
     """
     transcripts = {utterance.utt_id: utterance.words for utterance in utterances}
-    missing = lexicon.missing(word for words in transcripts.values() for word in words)
+    spoken = {word for words in transcripts.values() for word in words}
+    lexicon.check_case(spoken, "the transcripts")
+    lexicon.check_case(lm_words, "the language model")
+    missing = lexicon.missing(spoken.union(lm_words))
     g2p = _generator(lexicon, missing) if missing and use_g2p else None
     extended, generated = lexicon.with_generated(missing, g2p) if g2p else (lexicon, Lexicon({}))
     uncovered = extended.uncovered(transcripts)
@@ -78,12 +85,12 @@ class EspeakG2P:
         self._phone = {(phone, stress): self._nearest(phone, stress) for phone in sorted(wanted) for stress in "012"}
 
     def __call__(self, words: Sequence[str]) -> dict[str, tuple[Pronunciation, ...]]:
-        """Pronunciations of `words`; () where espeak finds none (a word of digits or signs)."""
+        """Pronunciations of `words`; () where espeak finds none (a word of digits or signs), and for marks such as <unk> or !SIL."""
         self._espeak.set_voice(self._voice)
         return {word: self._pronounce(word) for word in words}
 
     def _pronounce(self, word: str) -> tuple[Pronunciation, ...]:
-        if not any(character.isalpha() for character in word) or any(character.isdigit() for character in word):
+        if word[:1] in "<[({!#" or not any(character.isalpha() for character in word) or any(character.isdigit() for character in word):
             return ()
         phones: list[str] = []
         before = ""

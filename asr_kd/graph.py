@@ -89,18 +89,21 @@ def build_graph(lexicon: Lexicon, arpa: Path | str, hmm: HmmModel, folder: Path 
     vocabulary = read_vocabulary(arpa)
     words = [word for word in vocabulary if word in lexicon and word not in _SPECIAL]
     left_out = _report_left_out(folder, vocabulary, lexicon, len(words))
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".build.part-") as scratch:
-        word_table = Path(scratch) / WORDS
-        word_table.write_text("".join(f"{word} {index}\n" for index, word in enumerate(_symbols(words))), encoding="utf-8")
-        grammar = compile_grammar(Path(arpa), word_table, Path(scratch))
-        first_disambig = len(hmm.phones) + 1
-        lexicon_fst = lexicon_fst_text(lexicon, words, hmm, settings)
-        lg = _compose_lexicon(lexicon_fst, grammar, first_disambig, len(words) + 1)
-        del grammar
-        windows = _compose_context(lg, first_disambig, lexicon_fst.num_disambig, Path(scratch) / "CLG.fst")
-        with atomic_path(folder / GRAPH) as part:
-            sizes = write_hclg(map_const_fst(Path(scratch) / "CLG.fst"), windows, hmm, part, settings.transition_scale)
-        write_text(folder / WORDS, word_table.read_text(encoding="utf-8"))
+    try:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".build.part-") as scratch:
+            word_table = Path(scratch) / WORDS
+            word_table.write_text("".join(f"{word} {index}\n" for index, word in enumerate(_symbols(words))), encoding="utf-8")
+            grammar = compile_grammar(Path(arpa), word_table, Path(scratch))
+            first_disambig = len(hmm.phones) + 1
+            lexicon_fst = lexicon_fst_text(lexicon, words, hmm, settings)
+            lg = _compose_lexicon(lexicon_fst, grammar, first_disambig, len(words) + 1)
+            del grammar
+            windows = _compose_context(lg, first_disambig, lexicon_fst.num_disambig, Path(scratch) / "CLG.fst")
+            with atomic_path(folder / GRAPH) as part:
+                sizes = write_hclg(map_const_fst(Path(scratch) / "CLG.fst"), windows, hmm, part, settings.transition_scale)
+            write_text(folder / WORDS, word_table.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AsrKdError(f"{folder}: could not be written ({error.strerror or error}); free space or choose another output_folder") from error
     info = {
         "num_words": len(words),
         "num_state_ids": int(hmm.num_states),
@@ -237,7 +240,8 @@ def _compose_context(lg: Any, first_disambig: int, num_disambig: int, path: Path
     """Write C o L o G to `path`; (K, 3) windows of phone ids by input label, -1 for epsilon and disambiguation symbols."""
     disambig = list(range(first_disambig, first_disambig + num_disambig))
     clg, labels = kaldifst.compose_context(disambig_syms=disambig, context_width=3, central_position=1, ifst=lg)
-    kaldifst.StdConstFst(clg).write(str(path))
+    if not kaldifst.StdConstFst(clg).write(str(path)):
+        raise OSError(f"{path.name} is cut off")
     return np.array([label if len(label) == 3 else [-1, -1, -1] for label in labels], np.int64).reshape(-1, 3)
 
 

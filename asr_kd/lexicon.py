@@ -85,6 +85,15 @@ class Lexicon:
         missing = {utt_id: self.missing(words) for utt_id, words in transcripts.items()}
         return {utt_id: words for utt_id, words in missing.items() if words}
 
+    def check_case(self, words: Iterable[str], source: str) -> None:
+        """Raise `AsrKdError` when most of the distinct `words` of `source` are missing here, and most of those are here in another case."""
+        words = set(words)
+        missing = self.missing(words)
+        recased = [word for word in missing if self._case_hint(word)]
+        if 2 * len(missing) > len(words) and 2 * len(recased) > len(missing):
+            raise AsrKdError(f"{source}: {len(missing)} of {len(words)} words are not in the lexicon of {len(self)} words, {len(recased)} of them "
+                             f"but for their case, such as {recased[0]!r}{self._case_hint(recased[0], source)}; write both in the same case")
+
     def with_generated(self, words: Iterable[str], g2p: G2P) -> tuple[Lexicon, Lexicon]:
         """Pronounce by `g2p` those of `words` that are missing here; the extended lexicon, and the generated part alone.
 
@@ -102,9 +111,9 @@ class Lexicon:
         lines = (f"{word} {' '.join(variant)}\n" for word in sorted(self.pronunciations) for variant in self.pronunciations[word])
         write_text(path, "".join(lines))
 
-    def _case_hint(self, word: str) -> str:
+    def _case_hint(self, word: str, source: str = "the transcripts") -> str:
         other = next((form for form in (word.upper(), word.lower()) if form != word and form in self), None)
-        return f" ({other!r} is: the lexicon and the transcripts differ in case)" if other else ""
+        return f" ({other!r} is: the lexicon and {source} differ in case)" if other else ""
 
 
 class _Entry(NamedTuple):

@@ -16,7 +16,7 @@ from asr_kd.progress import progress
 from asr_kd.stage import atomic_path
 
 COLUMNS = ("ID", "duration", "wav", "spk_id", "wrd")
-AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")
+AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")  # in either case
 
 log = logging.getLogger(__name__)
 
@@ -89,23 +89,31 @@ def find_split(split: str | Path, data_folder: Path | str) -> Path:
 def librispeech_utterances(split_folder: Path | str) -> tuple[list[Utterance], list[Exclusion]]:
     """Utterances below `split_folder`/SPEAKER/CHAPTER/ with their `*.trans.txt`, in order of id.
 
-    Left out, with the reason: a transcript without audio, audio without a transcript, an empty transcript, unreadable or empty audio.
+    Audio lies beside its transcript. Left out, with the reason: a transcript without audio or with two files of it, audio without a
+    transcript beside it, an empty transcript, unreadable or empty audio.
 
     Raises:
         AsrKdError: no transcript file at all, or an id that has two transcripts.
     """
     folder = Path(split_folder)
     transcripts = _transcripts(folder)
-    audio = {path.stem: path for suffix in reversed(AUDIO_SUFFIXES) for path in folder.glob(f"*/*/*{suffix}")}
+    audio: dict[tuple[Path, str], list[Path]] = {}  # by folder and utterance id
+    for path in sorted(folder.glob("*/*/*")):
+        if path.suffix.lower() in AUDIO_SUFFIXES:
+            audio.setdefault((path.parent, path.stem), []).append(path)
     utterances = []
-    exclusions = [Exclusion(utt_id, f"no transcript for {audio[utt_id]}") for utt_id in audio.keys() - transcripts.keys()]
+    transcribed = {(trans_path.parent, utt_id) for utt_id, (trans_path, _) in transcripts.items()}
+    exclusions = [Exclusion(utt_id, f"no transcript for {paths[0]}") for (parent, utt_id), paths in audio.items() if (parent, utt_id) not in transcribed]
     for utt_id, (trans_path, words) in progress(sorted(transcripts.items()), desc=f"reading {folder.name}", unit="utt"):
         try:
-            if utt_id not in audio:
+            paths = audio.get((trans_path.parent, utt_id), [])
+            if not paths:
                 raise AsrKdError(f"no audio beside {trans_path}")
+            if len(paths) > 1:
+                raise AsrKdError(f"{len(paths)} audio files beside {trans_path} ({', '.join(path.name for path in paths)}), expected one; remove the others")
             if not words:
                 raise AsrKdError(f"empty transcript in {trans_path}")
-            utterances.append(Utterance(utt_id, audio_duration_s(audio[utt_id]), audio[utt_id], trans_path.parent.parent.name, words))
+            utterances.append(Utterance(utt_id, audio_duration_s(paths[0]), paths[0], trans_path.parent.parent.name, words))
         except AsrKdError as error:
             exclusions.append(Exclusion(utt_id, str(error)))
     return utterances, sorted(exclusions, key=lambda exclusion: exclusion.utt_id)

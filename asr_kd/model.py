@@ -110,7 +110,7 @@ def _affine(fan_in: int, fan_out: int) -> nn.Linear:
 
 def save_tensors(path: Path | str, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file atomically; tensors are brought to the CPU first."""
-    with atomic_path(path) as part:
+    with atomic_path(path, (SafetensorError,)) as part:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part, metadata=metadata)
 
 

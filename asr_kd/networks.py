@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
 from asr_kd import __version__
 from asr_kd.corpus import Corpus
-from asr_kd.distributed import from_first_process, rank
+from asr_kd.distributed import by_first_process, from_first_process, rank
 from asr_kd.ensemble import Ensemble
 from asr_kd.frame_data import FrameData, StreamedFrames, TrainingFrames, input_statistics, load_frame_data
 from asr_kd.model import ModelShape
@@ -19,7 +19,7 @@ from asr_kd.precision import choose_precision
 from asr_kd.schedule import ScheduleSettings
 from asr_kd.settings import Settings
 from asr_kd.soft_targets import OnTheFlyTargets, SoftTargetRecord, SoftTargetStore, extract
-from asr_kd.stage import Record, fingerprint, run_stage, write_json
+from asr_kd.stage import Record, file_fingerprint, fingerprint, run_stage, write_json
 from asr_kd.targets import Features, Targets, speed_prefix
 from asr_kd.training import SoftTargets, TrainingSettings, train
 
@@ -91,6 +91,10 @@ def train_networks(stage: str, folder: Path, settings: Settings, data: TrainingD
         if rank() != 0:
             return
         write_json(folder / "training.json", {"heldout_accuracy": result.heldout_accuracy, "diverged": result.diverged, "precision": result.precision})
+        usable = [k for k, accuracy in enumerate(result.heldout_accuracy) if accuracy >= 0]  # the others diverged before they were ever evaluated
+        if len(usable) < len(networks):
+            log.error("%s: %d of %d networks diverged at once and are left out; lower learning_rate", stage, len(networks) - len(usable), len(networks))
+            networks = Ensemble.of([networks.member(k) for k in usable])
         networks.save(folder / NETWORKS)
         (folder / "checkpoint.pt").unlink(missing_ok=True)
 
@@ -98,7 +102,8 @@ def train_networks(stage: str, folder: Path, settings: Settings, data: TrainingD
     choices = {"shape": asdict(shape), "training": deciding, "seeds": seeds, "seed": settings.seed, "device": settings.device,
                "soft": soft_targets is not None}
     record = run_stage(stage, folder, choices, {**data.inputs, **(inputs or {})}, work, together=True)
-    return Ensemble.load(folder / NETWORKS).to(settings.device), record
+    weights = by_first_process(lambda: file_fingerprint(folder / NETWORKS))  # another machine trains other weights from the same settings
+    return Ensemble.load(folder / NETWORKS).to(settings.device), replace(record, inputs=record.inputs | {"weights": weights})
 
 
 def network_shape(settings: Settings, num_states: int, student: bool = False, soft: bool = False) -> ModelShape:

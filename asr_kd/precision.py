@@ -25,9 +25,10 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, shape: tuple[int, int,
     right = torch.randn(members, inner, outer, generator=generator, device=device).to(dtype)
     torch.bmm(left, right)  # the first product pays for set-up
     repeats, start = 0, _now(device)
-    while (elapsed := _now(device) - start) < duration_s or not repeats:
-        torch.bmm(left, right)
-        repeats += 1
+    while (elapsed := _now(device) - start) < duration_s or not repeats:  # a look at the clock makes a GPU wait
+        for _ in range(20 if device.type == "cuda" else 1):
+            torch.bmm(left, right)
+            repeats += 1
     return 2.0 * members * rows * inner * outer * repeats / elapsed
 
 
@@ -52,17 +53,18 @@ def choose_precision(requested: str, device: torch.device, shape: tuple[int, int
 
 @contextmanager
 def precision_context(precision: str, device: torch.device) -> Iterator[None]:
-    """Run matrix products in `precision` ("fp32" or "bf16"); float32 means float32, so TF32 is off inside.
+    """Run matrix products in `precision` ("fp32" or "bf16"); float32 means float32, so TF32 is off inside, and bfloat16 products are summed in float32.
 
     Rounded weights are not cached: they would stay as they were while the optimiser changes the weights.
     """
-    earlier = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    matmul = torch.backends.cuda.matmul
+    earlier = matmul.allow_tf32, matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_tf32 = matmul.allow_bf16_reduced_precision_reduction = False
     try:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = earlier
+        matmul.allow_tf32, matmul.allow_bf16_reduced_precision_reduction = earlier
 
 
 def _now(device: torch.device) -> float:

@@ -1,7 +1,7 @@
 """Turn results into a page: `report.md` and a self-contained `report.html` beside `results.json`.
 
 What is read of `results`: the contract of results.json, and more where it is there. Fractions, never per cent; every key
-below is optional, also inside a system's row (a system that was not decoded has no WER).
+below is optional, also inside a row (a system that was not decoded has no WER); what cannot be shown without a key is left out.
 
     splits: {split: {baseline|ensemble|distilled|control:
                  {frame_accuracy, wer, wer_ci95: [lo, hi], errors, words, substitutions, deletions, insertions,
@@ -25,7 +25,7 @@ below is optional, also inside a system's row (a system that was not decoded has
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,12 +78,12 @@ def make_page(results: Results) -> Page:
 
 def headline(split: str, rows: Mapping[str, Any]) -> str:
     """One sentence: what of the ensemble's gain the student kept."""
-    if not {"baseline", "ensemble", "distilled"} <= rows.keys():
-        return f"Results on {split}: {', '.join(NAMES[system].lower() for system in SYSTEMS if system in rows)}."
+    scored, decoded = (all(measure in rows.get(system, {}) for system in ("baseline", "ensemble", "distilled")) for measure in ("frame_accuracy", "wer"))
+    if not scored and not decoded:
+        return f"Results on {split}: {', '.join(NAMES[system].lower() for system in SYSTEMS if system in rows) or 'none'}."
     gains = []
-    if rows["ensemble"]["frame_accuracy"] > rows["baseline"]["frame_accuracy"]:
+    if scored and rows["ensemble"]["frame_accuracy"] > rows["baseline"]["frame_accuracy"]:
         gains.append(f"{_kept(rows, 'frame_accuracy')} of the ensemble's gain in frame accuracy")
-    decoded = all("wer" in rows[system] for system in ("baseline", "ensemble", "distilled"))
     noise = ""
     if decoded and rows["ensemble"]["wer"] < rows["baseline"]["wer"]:
         certainty = rows["ensemble"].get("probability_better", 1.0)
@@ -157,7 +157,8 @@ def _split_section(split: str, rows: Mapping[str, Any]) -> Section:
                        "the ensemble needs for each of its members, comes on top. P(better): share "
                        "of paired bootstrap replicates in which the system's WER is below that of the single networks. For comparison, the paper's table 1: "
                        "frame accuracy 58.9, 61.1, 60.8 % and WER 10.9, 10.7, 10.7 % for single network, ensemble, student."))
-    blocks.append(Figure(systems_figure(rows), "Rings: the members one by one. Wide bars: 95 % intervals of the WER."))
+    if any(measure in rows[system] for system in present for measure in ("frame_accuracy", "wer")):
+        blocks.append(Figure(systems_figure(rows), "Rings: the members one by one. Wide bars: 95 % intervals of the WER."))
     if members:
         blocks.append(Table(["Member", "Frame accuracy, %", "WER, %"],
                             [[str(k + 1), _percent(row.get("frame_accuracy"), 2), _percent(row.get("wer"), 1)] for k, row in enumerate(members)],
@@ -171,7 +172,7 @@ def _system_cells(system: str, rows: Mapping[str, Any]) -> list[str]:
     edits = [str(row[kind]) for kind in ("substitutions", "deletions", "insertions") if kind in row]
     return [_name(system, rows), _percent(row.get("frame_accuracy"), 2) + _spread(members, "frame_accuracy", 2),
             _percent(row.get("wer"), 1) + _spread(members, "wer", 1), f"{_percent(interval[0], 1)} to {_percent(interval[1], 1)}" if interval else NONE,
-            f"{row['errors']} / {row['words']}" if "errors" in row else NONE, " / ".join(edits) or NONE,
+            f"{row['errors']} / {row['words']}" if {"errors", "words"} <= row.keys() else NONE, " / ".join(edits) if len(edits) == 3 else NONE,
             _decimal(row.get("real_time_factor")), _decimal(row.get("probability_better"))]
 
 
@@ -192,27 +193,32 @@ def _curves(results: Results) -> Section:
 
 
 def _sweep(results: Results) -> Section:
-    sweep = results.get("temperature_sweep")
-    if not sweep or not sweep["rows"]:
+    sweep = results.get("temperature_sweep") or {}
+    students = [row for row in _with(sweep.get("rows", []), "temperature") if "frame_accuracy" in row or "wer" in row]
+    if not students:
         return Section("Temperature", [])
-    rows = [[f"{row['temperature']:g}", _percent(row.get("frame_accuracy"), 2), _percent(row.get("wer"), 1)] for row in sweep["rows"]]
-    references = results.get("splits", {}).get(sweep["split"], {})
-    return Section("Temperature", [Text(f"One student per temperature, all else equal; scored on {sweep['split']}."),
-                                   Figure(sweep_figure(sweep["rows"], references), "The same T for teachers and student, the loss multiplied by T²."),
+    split = sweep.get("split", "a split that is not named")
+    rows = [[f"{row['temperature']:g}", _percent(row.get("frame_accuracy"), 2), _percent(row.get("wer"), 1)] for row in students]
+    references = results.get("splits", {}).get(split, {})
+    return Section("Temperature", [Text(f"One student per temperature, all else equal; scored on {split}."),
+                                   Figure(sweep_figure(students, references), "The same T for teachers and student, the loss multiplied by T²."),
                                    Table(["Temperature", "Frame accuracy, %", "WER, %"], rows)])
 
 
 def _errors(results: Results) -> Section:
     blocks: list[Any] = []
     for split, errors in results.get("errors", {}).items():
-        if errors.get("per_speaker"):
-            blocks += [Text(f"{split}, by speaker", heading=True), Figure(speakers_figure(errors["per_speaker"]), "Each speaker's word error rate."),
-                       _speaker_table(errors["per_speaker"])]
+        rated = {speaker: {system: rows[system] for system in SYSTEMS if "wer" in rows.get(system, {})}
+                 for speaker, rows in (errors.get("per_speaker") or {}).items()}
+        rated = {speaker: rows for speaker, rows in rated.items() if rows}
+        if rated:
+            blocks += [Text(f"{split}, by speaker", heading=True), Figure(speakers_figure(rated), "Each speaker's word error rate."), _speaker_table(rated)]
         if errors.get("words"):
             blocks += [Text(f"{split}, words that the student confuses", heading=True), _word_table(errors["words"])]
-        if errors.get("phones"):
+        phones = _with(errors.get("phones") or [], "reference", "predicted", "frames", "share")
+        if phones:
             blocks += [Text(f"{split}, phones that the student confuses", heading=True),
-                       Figure(confusions_figure(errors["phones"]), "Frames whose best state belongs to another phone than the reference's, and their share "
+                       Figure(confusions_figure(phones), "Frames whose best state belongs to another phone than the reference's, and their share "
                               "of all frames of the reference phone.")]
     return Section("Where the errors are", blocks)
 
@@ -224,7 +230,14 @@ def _speaker_table(per_speaker: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _rate(row: Mapping[str, Any] | None) -> str:
-    return NONE if row is None else f"{_percent(row['wer'], 1)} ({row['errors']} / {row['words']})"
+    if row is None or "wer" not in row:
+        return NONE
+    return _percent(row["wer"], 1) + (f" ({row['errors']} / {row['words']})" if {"errors", "words"} <= row.keys() else "")
+
+
+def _with(rows: Sequence[Mapping[str, Any]], *keys: str) -> list[Mapping[str, Any]]:
+    """The rows that have all of these keys."""
+    return [row for row in rows if set(keys) <= row.keys()]
 
 
 def _word_table(words: Mapping[str, Any], limit: int = 15) -> Table:
@@ -239,17 +252,22 @@ def _word_table(words: Mapping[str, Any], limit: int = 15) -> Table:
 def _calibration(results: Results) -> Section:
     blocks: list[Any] = []
     for split, systems in results.get("calibration", {}).items():
-        rows = [[NAMES[system], _percent(systems[system]["ece"], 2), *(_decimal(systems[system].get(measure)) for measure in ("nll", "brier"))]
+        rows = [[NAMES[system], _percent(systems[system].get("ece"), 2), *(_decimal(systems[system].get(measure)) for measure in ("nll", "brier"))]
                 for system in SYSTEMS if system in systems]
-        blocks += [Text(split, heading=True),
-                   Figure(calibration_figure(systems), "Accuracy of frames by the confidence (highest posterior) of the network; on the "
-                          "diagonal confidence is deserved. Pale bars: how many frames there are."),
-                   Table(["System", "Expected calibration error, %", "Negative log-likelihood, nats", "Brier score"], rows)]
+        binned = {system: {**systems[system], "bins": _with(systems[system].get("bins", []), "confidence", "accuracy", "frames")}
+                  for system in SYSTEMS if "ece" in systems.get(system, {})}
+        binned = {system: row for system, row in binned.items() if row["bins"]}
+        blocks.append(Text(split, heading=True))
+        if binned:
+            blocks.append(Figure(calibration_figure(binned), "Accuracy of frames by the confidence (highest posterior) of the network; on the "
+                                 "diagonal confidence is deserved. Pale bars: how many frames there are."))
+        blocks.append(Table(["System", "Expected calibration error, %", "Negative log-likelihood, nats", "Brier score"], rows))
     return Section("Calibration", blocks)
 
 
 def _soft_targets(results: Results) -> Section:
-    rows = [[row["form"], f"{row['bytes_per_frame']:.0f}", _percent(row.get("frame_accuracy"), 2)] for row in results.get("soft_targets", [])]
+    rows = [[row["form"], f"{row['bytes_per_frame']:.0f}", _percent(row.get("frame_accuracy"), 2)]
+            for row in _with(results.get("soft_targets", []), "form", "bytes_per_frame")]
     return Section("Storing the soft targets", [Table(["Form", "Bytes per frame", "Student's frame accuracy, %"], rows)] if rows else [])
 
 

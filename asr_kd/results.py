@@ -10,6 +10,7 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from asr_kd import __version__
+from asr_kd.calibration import PosteriorQuality
 from asr_kd.corpus import Corpus
 from asr_kd.ensemble import Ensemble
 from asr_kd.features import Windows
@@ -27,7 +29,7 @@ from asr_kd.recognition import Decoded, Recogniser
 from asr_kd.report import write_report
 from asr_kd.score import WordErrors, gain_kept, per_speaker, pool, probability_better, score_split, system_row, top_confusions, word_confusions
 from asr_kd.settings import Settings
-from asr_kd.stage import Record, write_json
+from asr_kd.stage import Record, read_json, write_json
 from asr_kd.targets import Targets
 
 SINGLE_SYSTEMS = ("distilled", "control")
@@ -94,7 +96,8 @@ def _score_split(split: str, windows: Windows, corpus: Corpus, targets: Targets,
                   "deletions": confusions.deletions.most_common(15), "insertions": confusions.insertions.most_common(15)},
         "phones": top_confusions(frames["distilled"].phone_confusions, ["-", *targets.hmm.phones], 20),
     }
-    calibration = {system: result.quality.as_json() for system, result in {"baseline": members[0], **frames}.items() if result.quality}
+    qualities = {"baseline": reduce(_together, [member.quality for member in members]), **{system: result.quality for system, result in frames.items()}}
+    calibration = {system: quality.as_json() for system, quality in qualities.items() if quality}
     return rows, errors, calibration
 
 
@@ -122,6 +125,11 @@ def _baseline(members: Sequence[FrameResult], words: Sequence[Mapping[str, WordE
     return row
 
 
+def _together(one: PosteriorQuality | None, other: PosteriorQuality | None) -> PosteriorQuality | None:
+    """Both summed: over members that have seen the same frames the mean is that of each member alone."""
+    return None if one is None or other is None else one + other
+
+
 def phone_of_state(hmm: HmmModel) -> NDArray[np.int64]:
     """(S,) phone id of each tied state; ids as in `HmmModel`."""
     phones = np.full(hmm.num_states, SIL, np.int64)
@@ -142,7 +150,7 @@ def _curves(folder: Path) -> dict[str, Any]:
 
 
 def _exclusions(settings: Settings, corpus: Corpus) -> dict[str, dict[str, int]]:
-    """Utterances left out, by split and reason, from the lists that the stages wrote."""
+    """Utterances left out, by split and reason, and teachers that diverged, from what the stages wrote."""
     counts: dict[str, Counter[str]] = {split: Counter() for split in corpus.splits}
     for split in corpus.splits:
         for path, cause in ((settings.output / "manifests" / f"{split}.excluded.csv", "not usable"),
@@ -150,6 +158,8 @@ def _exclusions(settings: Settings, corpus: Corpus) -> dict[str, dict[str, int]]
                             (settings.output / "targets" / split / "exclusions.csv", "not aligned")):
             for reason in _reasons(path):
                 counts[split][f"{cause}: {reason.partition(':')[0] if cause == 'not aligned' else reason}"] += 1
+    diverged = read_json(settings.output / "teachers" / "training.json")["diverged"]
+    counts["teachers"] = Counter(f"member {int(k) + 1}: loss not finite at step {step}, trained no further" for k, step in diverged.items())
     return {split: dict(own) for split, own in counts.items() if own}
 
 

@@ -78,9 +78,10 @@ class ResumableFrameWriter:
 
     def _start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self._part.is_file() and (self.folder / PROGRESS).is_file():
+        if (self.folder / PROGRESS).is_file():
             noted = read_json(self.folder / PROGRESS)
-            if noted["layout"] == self._layout:
+            is_whole = noted["chunks"] == len(self.ends) and (self.folder / FRAMES).is_file()
+            if noted["layout"] == self._layout and (self._part.is_file() or is_whole):
                 self.done = noted["chunks"]
                 return
         needed, free = len(self._header) + sum(self.lengths) * self._frame_bytes, shutil.disk_usage(self.folder).free
@@ -107,9 +108,9 @@ class ResumableFrameWriter:
         write_json(self.folder / PROGRESS, {"layout": self._layout, "chunks": self.done})
 
     def _publish(self) -> None:
-        os.replace(self._part, self.folder / FRAMES)
+        if self._part.is_file():  # it is not where an earlier run came so far
+            os.replace(self._part, self.folder / FRAMES)
         write_json(self.folder / INDEX, {"utt_ids": self.utt_ids, "lengths": self.lengths, "attributes": self.attributes})
-        (self.folder / PROGRESS).unlink()
 
     def _guard(self, work: Callable[[], None]) -> None:
         try:

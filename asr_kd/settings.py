@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,16 +95,19 @@ class Settings:
             _check_type(item.name, getattr(self, item.name), _TYPES[item.name])
         if self.synthetic_minutes is None and (self.data_folder is None or not self.train_splits):
             raise AsrKdError("settings: no corpus; give data_folder and train_splits (or synthetic_minutes for the synthetic corpus)")
-        positive = ("num_states", "hidden_layers", "hidden_units", "num_teachers", "teacher_epochs", "student_epochs", "batch_frames",
-                    "temperature", "learning_rate", "num_jobs", "beam", "num_gaussians", "mono_passes", "tri_passes")
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise AsrKdError(f"settings: {name} is {getattr(self, name)}, expected a number above 0")
-        if self.student_speeds is not None and (not self.student_speeds or not set(self.student_speeds) <= {1.0, *self.speeds}):
+        for low, high, expected, names in _RANGES:
+            for name in names:
+                _check_range(name, getattr(self, name), low, high, expected)
+        if self.student_speeds is not None and not set(self.student_speeds) <= {1.0, *self.speeds}:
             raise AsrKdError(f"settings: student_speeds is {self.student_speeds}, expected some of speeds, {self.speeds}")
-        for name in ("hard_weight", "frames_in_memory_gb"):
-            if getattr(self, name) < 0:
-                raise AsrKdError(f"settings: {name} is {getattr(self, name)}, expected 0 or more")
+        for name in ("train_splits", "dev_splits", "test_splits"):
+            _check_folder_names(name, getattr(self, name))
+        _check_folder_names("synthetic_minutes", self.synthetic_minutes or {})
+        splits = Counter(map(split_name, (*self.train_splits, *self.dev_splits, *self.test_splits)))
+        for split, count in splits.items():
+            if count > 1:
+                raise AsrKdError(f"settings: train_splits, dev_splits and test_splits name {split} {count} times, expected once; "
+                                 "remove all but one, or rename a manifest")
         choices = {
             "cmvn": ("speaker", "utterance", "corpus", "none"),
             "precision": ("auto", "fp32", "bf16"),
@@ -118,6 +124,11 @@ class Settings:
         return Path(self.output_folder)
 
 
+def split_name(split: str) -> str:
+    """What a split is called in the output folder: the name of its folder, or of its CSV manifest without the path and `.csv`."""
+    return Path(split).stem if split.endswith(".csv") else split
+
+
 def load_settings(hparams: Path | str, overrides: Sequence[str] = ()) -> Settings:
     """Read a settings file and apply command-line overrides in SpeechBrain's syntax (`--key value` or `--key=value`).
 
@@ -127,8 +138,9 @@ def load_settings(hparams: Path | str, overrides: Sequence[str] = ()) -> Setting
         AsrKdError: no such file, not YAML, an unknown key, or a value of the wrong type.
     """
     try:
-        with open(hparams, encoding="utf-8") as file:
-            values = yaml.safe_load(resolve_references(file, _parse_overrides(overrides)))
+        text = Path(hparams).read_text(encoding="utf-8")
+        _check_tags(text, hparams)
+        values = _parse(resolve_references(text, _parse_overrides(overrides)).getvalue())
     except OSError as error:
         raise AsrKdError(f"{hparams}: could not be read ({error.strerror}); give the path of a settings file") from error
     except AsrKdError:
@@ -163,8 +175,30 @@ def _parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             if not words:
                 raise AsrKdError(f"argument {word!r}: no value; expected --key value")
             text = words.pop(0)
-        overrides[key] = yaml.safe_load(text)
+        overrides[key] = _as_written(yaml.load(text, yaml.BaseLoader), yaml.safe_load(text), key)
     return overrides
+
+
+def _check_tags(text: str, hparams: Path | str) -> None:
+    """Raise `AsrKdError` for tags by which HyperPyYAML would call functions or read other files."""
+    for token in yaml.scan(text):
+        if isinstance(token, yaml.TagToken) and token.value != ("!", "ref"):
+            raise AsrKdError(f"{hparams}: line {token.start_mark.line + 1} has the tag {''.join(filter(None, token.value))!r}, expected no tag but !ref; "
+                             "a settings file runs no code: write the value itself")
+
+
+def _parse(text: str) -> Any:
+    """A YAML document; where `Settings` wants text, `010` and `NO` are text, not 8 and false as for YAML."""
+    values = yaml.safe_load(text)
+    if not isinstance(values, dict):
+        return values
+    texts = yaml.load(text, yaml.BaseLoader)
+    return {key: _as_written(texts.get(key, value), value, key) for key, value in values.items()}
+
+
+def _as_written(text: Any, value: Any, key: str) -> Any:
+    """`text` for a setting that is text or a list of it (null stays none), else `value`, which YAML made of it."""
+    return text if value is not None and _TYPES.get(key) in (str, str | None, list[str]) else value
 
 
 def _accept(value: Any, kind: Any) -> Any:
@@ -197,6 +231,45 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
         items: list[Any] = value
         for item in items:
             _check_type(name, item, typing.get_args(kind)[0])
+    if plain is dict:
+        for key, item in value.items():
+            _check_type(f"{name}: name of a split", key, typing.get_args(kind)[0])
+            _check_type(name, item, typing.get_args(kind)[1])
 
 
+def _check_range(name: str, value: Any, low: float, high: float, expected: str) -> None:
+    """Raise `AsrKdError` unless a number, or every one of a list or dictionary, lies in [`low`, `high`]; None is no number to check.
+
+    A list needs a value, and values that differ in the six digits that names of folders hold.
+    """
+    if value is None:
+        return
+    values = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    if not all(low <= number <= high for number in values):
+        raise AsrKdError(f"settings: {name} is {value}, expected {expected}")
+    if not values or (isinstance(value, list) and len({f"{number:g}" for number in values}) < len(values)):
+        raise AsrKdError(f"settings: {name} is {value}, expected at least one value, and none twice")
+
+
+def _check_folder_names(setting: str, splits: Iterable[str]) -> None:
+    """Raise `AsrKdError` for a split whose name would lead out of the folders that the stages write, and so to files of the user."""
+    for split in splits:
+        name = split_name(split)
+        if name in ("", ".", "..") or "/" in name or "\\" in name:
+            raise AsrKdError(f"settings: {setting} names {split!r}; give a plain name of a folder below data_folder, or the path of a .csv manifest")
+
+
+_ABOVE_0, _LARGEST = math.ulp(0.0), sys.float_info.max  # the limits are themselves allowed; neither infinity nor NaN is
+_RANGES: tuple[tuple[float, float, str, tuple[str, ...]], ...] = (
+    (1, _LARGEST, "1 or more", ("num_mels", "lm_order", "num_states", "num_gaussians", "mono_passes", "tri_passes", "hidden_layers", "hidden_units",
+                                "num_teachers", "batch_frames", "student_hidden_layers", "student_hidden_units", "max_active", "tuning_utterances",
+                                "decoded_members", "num_jobs")),
+    (_ABOVE_0, _LARGEST, "a finite number above 0", ("synthetic_minutes", "teacher_epochs", "learning_rate", "temperature", "sweep_temperatures",
+                                                     "student_epochs", "beam", "acoustic_scales")),
+    (0, _LARGEST, "a finite number, 0 or more", ("left_context", "right_context", "network_realignments", "hard_weight", "frames_in_memory_gb")),
+    (0, math.nextafter(1.0, 0.0), "0 or more and below 1", ("dropout", "student_dropout")),
+    (0, 1e15, "0 to 1e15", ("seed",)),
+    (0.5, 2.0, "numbers from 0.5 to 2", ("speeds", "student_speeds")),
+    (-_LARGEST, _LARGEST, "finite numbers", ("word_insertion_penalties",)),
+)
 _TYPES: dict[str, Any] = typing.get_type_hints(Settings)

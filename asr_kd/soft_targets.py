@@ -42,8 +42,10 @@ Encoder = Callable[[Tensor, Tensor], Tensor]  # posteriors (n, S), uniform numbe
 DIRECTIONS = "directions.safetensors"
 SAMPLE_FRAMES = 8192  # frames that the compact form's directions are found from,
 SAMPLE_ELEMENTS = 2**25  # and at most so many probabilities
-LOGITS_AT_ONCE = 2**26  # teachers x frames x states in one forward pass: 256 MB in float32,
-FRAMES_AT_ONCE = 1024  # and at most so many frames: on a CPU more are no faster
+# Teachers x frames x states in one forward pass, and at most so many frames: 256 MB in float32 on a CPU, where more frames are no faster; 2 GB
+# in bfloat16 on a GPU, since every pass rounds all weights anew
+LOGITS_AT_ONCE = {"cpu": 2**26, "cuda": 2**30}
+FRAMES_AT_ONCE = {"cpu": 1024, "cuda": 8192}
 CACHED_ELEMENTS = 2**18  # frames x states that a CPU averages at a time, so that they stay in its cache: 3.7 times as fast as all at once
 
 
@@ -134,7 +136,7 @@ def extract(teachers: Teachers, frames: NumberedFrames, folder: Path | str, reco
         for start, end in ((first + start, first + end) for start, end in writer.chunks_left()):
             uniforms = torch.from_numpy(_uniforms(seed, frames, start, end)).to(device)
             block = np.empty((end - start, width), dtype)
-            for rows, posteriors in _teacher_posteriors(teachers, frames, torch.arange(start, end), record):
+            for rows, posteriors in _teacher_posteriors(teachers, frames, torch.arange(start, end), record, device):
                 block[rows] = encode(posteriors, uniforms[rows]).cpu().numpy()
             writer.append(block)
             bar.update(end - start)
@@ -170,27 +172,34 @@ class SoftTargetStore:
         self._number(frames, on_device=device.type != "cpu" and self.form != "dense")
 
     def _number(self, frames: NumberedFrames, on_device: bool) -> None:
-        """Take on another numbering; `on_device` keeps all its records in memory."""
+        """Take on another numbering; `on_device` keeps all its records in memory from the first batch on."""
         self.num_frames = int(frames.offsets[-1])
         self._offsets = np.asarray(frames.offsets, dtype=np.int64)
         self._utterance_shard, first_rows = _places(self._shards, self._shard_of, frames.utt_ids, self._offsets)
         self._shift = first_rows - self._offsets[:-1]  # (U,) from frame number to row of the shard
         self._records: Tensor | None = None
-        if on_device:
-            places = zip(self._utterance_shard, first_rows, np.diff(self._offsets), strict=True)
-            pieces = [self._shards[n].frames[row:row + length] for n, row, length in places]
-            self._records = torch.from_numpy(np.concatenate(pieces)).to(self._device)
+        self._on_device = on_device
+
+    def _load(self) -> None:
+        """Take all records of the numbering to the device."""
+        places = zip(self._utterance_shard, self._shift + self._offsets[:-1], np.diff(self._offsets), strict=True)
+        pieces = [self._shards[n].frames[row:row + length] for n, row, length in places]
+        self._records = torch.from_numpy(np.concatenate(pieces)).to(self._device)
 
     def of(self, frames: NumberedFrames) -> SoftTargetStore:
         """The same targets in the numbering of other `frames`, some of the utterances, whose records are read into memory."""
         part = copy.copy(self)
         part._number(frames, on_device=self.form != "dense")
+        if part._on_device:
+            part._load()
         for shard in self._shards:
             shard.release()
         return part
 
     def batch(self, frame_indices: Tensor) -> Tensor | SparseTargets:
         """Targets of frames (B,): float32 probabilities (B, S), or sparse targets; every frame's sum to 1."""
+        if self._on_device and self._records is None:  # not before: streamed training asks only for parts of the frames
+            self._load()
         stored = self._read(frame_indices) if self._records is None else self._records[frame_indices]
         if self._directions is not None:
             return self._directions.decode(stored)
@@ -291,7 +300,7 @@ def _encoder(teachers: Teachers, frames: NumberedFrames, record: SoftTargetRecor
         generator = torch.Generator().manual_seed(seed)
         num_frames = min(SAMPLE_FRAMES, SAMPLE_ELEMENTS // record.num_states)
         sample = torch.randint(int(frames.offsets[-1]), (num_frames,), generator=generator)
-        posteriors = torch.cat([part for _, part in _teacher_posteriors(teachers, frames, sample, record)])
+        posteriors = torch.cat([part for _, part in _teacher_posteriors(teachers, frames, sample, record, device)])
         find_tail_directions(posteriors, bytes_per_frame, generator).save(folder / DIRECTIONS)
 
     if not has_begun:
@@ -300,9 +309,11 @@ def _encoder(teachers: Teachers, frames: NumberedFrames, record: SoftTargetRecor
     return lambda posteriors, uniforms: directions.encode(posteriors)
 
 
-def _teacher_posteriors(teachers: Teachers, frames: NumberedFrames, frame_indices: Tensor, record: SoftTargetRecord) -> Iterator[tuple[slice, Tensor]]:
+def _teacher_posteriors(teachers: Teachers, frames: NumberedFrames, frame_indices: Tensor, record: SoftTargetRecord,
+                        device: torch.device) -> Iterator[tuple[slice, Tensor]]:
     """Soft targets (n, S) of frames (N,) in passes of bounded size, each with its place among the N."""
-    step = max(1, min(FRAMES_AT_ONCE, LOGITS_AT_ONCE // (len(teachers) * record.num_states)))
+    frames_at_once, logits_at_once = (limits.get(device.type, limits["cpu"]) for limits in (FRAMES_AT_ONCE, LOGITS_AT_ONCE))
+    step = max(1, min(frames_at_once, logits_at_once // (len(teachers) * record.num_states)))
     for start in range(0, len(frame_indices), step):
         rows = slice(start, min(start + step, len(frame_indices)))
         logits = teachers(frames.windows.gather(frame_indices[rows]))  # (K, n, S)

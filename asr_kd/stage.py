@@ -26,13 +26,17 @@ STARTED = "started.json"
 
 
 @contextmanager
-def atomic_path(target: Path | str) -> Iterator[Path]:
+def atomic_path(target: Path | str, failures: tuple[type[Exception], ...] = ()) -> Iterator[Path]:
     """Give a path beside `target` to write to; on success it is flushed to disk and renamed to `target`, else removed.
+
+    Args:
+        failures: what the writer raises, beside OSError, when it cannot write.
 
     Raises:
         AsrKdError: the disk is full or the folder cannot be written to.
     """
     target = Path(target)
+    caught: tuple[type[Exception], ...] = (OSError, *failures)
     part = target.with_name(f".{target.name}.part-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -42,8 +46,9 @@ def atomic_path(target: Path | str) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(part, target)
         _sync_folder(target.parent)
-    except OSError as error:
-        raise AsrKdError(f"{target}: could not be written ({error.strerror or error}); free space or choose another output_folder") from error
+    except caught as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise AsrKdError(f"{target}: could not be written ({reason}); free space or choose another output_folder") from error
     finally:
         with suppress(OSError):
             part.unlink()
@@ -173,14 +178,34 @@ def _finished(folder: Path, wanted: dict[str, Any]) -> Record | None:
 
 def _begin(folder: Path, wanted: dict[str, Any]) -> float:
     """Prepare the folder, keeping what a cut-off run of the same left there; the seconds that it spent."""
+    _check_ours(folder, wanted["stage"])
     started = _read_if_whole(folder / STARTED)
     spent = float(started.pop("seconds", 0.0)) if started else 0.0
     if started != wanted:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         spent = 0.0
     (folder / RECORD).unlink(missing_ok=True)
     write_json(folder / STARTED, {**wanted, "seconds": spent})
     return spent
+
+
+def _check_ours(folder: Path, stage: str) -> None:
+    """Raise `AsrKdError` where there is something that no stage wrote: it may be the user's own."""
+    if not folder.exists() or (folder / STARTED).is_file() or (folder / RECORD).is_file():
+        return
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [folder.name]
+    if found:
+        raise AsrKdError(f"{folder}: holds files that no stage wrote ({', '.join(found[:3])}), expected nothing there; the {stage} stage would "
+                         "replace them: move them away or choose another output_folder")
+
+
+def _remove(folder: Path) -> None:
+    """Remove a stage's folder; under another name first, since a kill would leave part of it without the files that make it a stage's."""
+    trash = folder.with_name(f".{folder.name}.removed")
+    shutil.rmtree(trash, ignore_errors=True)
+    if folder.exists():
+        folder.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
 
 
 def _finish(folder: Path, wanted: dict[str, Any], seconds: float) -> Record:

@@ -69,7 +69,7 @@ class TrainingSettings:
         variants: "one" speed variant of each utterance per epoch, drawn anew, or "all".
         precision: "auto", "fp32" or "bf16" matrix products; weights and optimiser state are float32.
         temperature, hard_weight: of the distillation loss; unused without soft targets.
-        checkpoint_interval_s: at most this much work is lost when training is cut.
+        checkpoint_interval_s: at most this much work is lost when training is cut, or 20 times what it takes to write a checkpoint.
     """
 
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
@@ -158,6 +158,7 @@ class _Trainer:
 
     def _run_epoch(self, bar: Any) -> None:
         parts, saved_at = self.settings.evaluations_per_epoch, time.monotonic()
+        interval_s = self.settings.checkpoint_interval_s
         for batch in self._batches():
             self._step(batch)
             parts_done = int(self.batch / self.num_batches * parts)
@@ -169,9 +170,11 @@ class _Trainer:
                 bar.update(self.epochs - bar.n)
                 if due:
                     self._evaluate()
-                if due or from_first_process(time.monotonic() - saved_at > self.settings.checkpoint_interval_s):
+                if due or from_first_process(time.monotonic() - saved_at > interval_s):
+                    start = time.monotonic()
                     self._save()
                     saved_at = time.monotonic()
+                    interval_s = max(self.settings.checkpoint_interval_s, 20 * (saved_at - start))  # however large they are
             if self._finished():
                 break
         if self.batch == self.num_batches:
@@ -182,6 +185,8 @@ class _Trainer:
         parts = self.data.parts(self.seed, self.epoch, self.settings.variants)
         counts = [max(1, round(part.num_frames / self.settings.batch_frames)) for part in parts]
         self.num_batches, done = sum(counts), 0
+        if self.batch == self.num_batches:  # cut at the end of an epoch
+            return
         while counts[0] <= self.batch - done < self.num_batches:  # parts that were finished before a cut
             parts, done, counts = parts[1:], done + counts[0], counts[1:]
         for count, loaded in zip(counts, load_ahead([partial(self._load, part) for part in parts]), strict=True):
@@ -297,7 +302,7 @@ class _Trainer:
             return
         state = {"fingerprint": self._fingerprint(), **{name: getattr(self, name) for name in _PROGRESS},
                  "parameters": self.parameters, "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "sums": sums.__dict__}
-        with atomic_path(self.folder / CHECKPOINT) as part:
+        with atomic_path(self.folder / CHECKPOINT, (RuntimeError,)) as part:
             torch.save(state, part)
 
     def _resume(self) -> None:

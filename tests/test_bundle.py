@@ -15,6 +15,7 @@ import torch
 
 from asr_kd import normalisation
 from asr_kd.bundle import BUNDLE, InputSettings, load_bundle, save_bundle, transcribe
+from asr_kd.cli import main
 from asr_kd.decode import DecodeSettings
 from asr_kd.errors import AsrKdError
 from asr_kd.features import FbankOptions, Windows, extract_features, fbank
@@ -196,6 +197,27 @@ def test_file_cut_off_in_the_middle(bundle, tmp_path):
     (tmp_path / "a.flac").write_bytes(whole[:len(whole) // 2])
     with pytest.raises(AsrKdError, match=r"a\.flac: not readable as audio to its end"):
         transcribe(bundle, tmp_path / "a.flac")
+
+
+def test_bad_files_do_not_keep_the_others_from_being_transcribed(tones, tmp_path, capsys):
+    good, missing, text = tones.folder / "loud-1.wav", tmp_path / "missing.wav", tmp_path / "text.wav"
+    text.write_text("not audio")
+    with pytest.raises(SystemExit) as stop:
+        main(["transcribe", str(tones.bundle), str(good), str(missing), str(text), str(good)])
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == 2 * f"{good}\t{' '.join(SENTENCES[1])}\n"
+    errors = [line for line in err.splitlines() if line.startswith("asr-kd: ")]
+    assert [line.split(":")[1].strip() for line in errors[:2]] == [str(missing), str(text)]
+    assert errors[2:] == ["asr-kd: 2 of 4 files were not transcribed, see above"]
+    assert "Traceback" not in err
+
+
+def test_one_bad_file_is_one_line(tones, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["transcribe", str(tones.bundle), str(tmp_path / "missing.wav")])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"asr-kd: {tmp_path}/missing.wav: no such audio file")
 
 
 # -- the folder ----------------------------------------------------------------------------------------------------------

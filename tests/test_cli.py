@@ -9,6 +9,7 @@ import pytest
 
 from asr_kd import __version__
 from asr_kd.cli import guarded, main, main_train
+from asr_kd.experiment import DEMO_HPARAMS
 
 
 def exit_code(arguments: list[str]) -> int | str | None:
@@ -34,6 +35,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     (["report", "nowhere"], "nowhere/results.json: not readable as JSON"),
     (["report", "nowhere", "--loud"], "unknown argument '--loud'"),
     (["demo", "--seed"], "argument '--seed': no value"),
+    (["sweep", str(DEMO_HPARAMS), "--test_splits", "[]"], "sweep: dev_splits and test_splits are empty"),
+    (["demo", "--train_splits", "[/data/train]"], "train_splits names '/data/train'; give a plain name"),
 ])
 def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path,
                                monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,6 +46,24 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytes
     assert error.startswith("asr-kd: ")
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ["[]", "3", '"text"', '{"splits": []}', '{"splits": {"a": []}}', '{"splits": {"a": {"baseline": {"wer": "high"}}}}',
+                                     '{"splits": {"a": {"baseline": {"wer": 0.2, "wer_ci95": []}}}}', '{"stages": {"a": null}}', '{"curves": {"teachers": 3}}'])
+def test_report_of_another_file(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results.json").write_text(content)
+    assert exit_code(["report", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert f"{tmp_path}/results.json: not the results of a run" in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_report_of_a_split_without_a_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "results.json").write_text('{"splits": {"a": {"baseline": {}}}}')
+    assert exit_code(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"{tmp_path}/report.html\n"
+    assert "Results on a" in (tmp_path / "report.html").read_text()
 
 
 def test_debug_shows_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

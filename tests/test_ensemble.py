@@ -83,6 +83,12 @@ def test_member_and_stack_are_inverse() -> None:
     torch.testing.assert_close(ensemble.member(1)(inputs), ensemble(inputs)[1])
 
 
+def test_a_stack_is_where_its_models_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "equal", lambda one, other: True)  # tensors without memory stand for a GPU's
+    stacked = Ensemble.of([AcousticModel(SHAPE, seed).to("meta") for seed in (1, 2)])
+    assert {tensor.device.type for tensor in stacked.state_dict().values()} == {"meta"}
+
+
 def test_models_of_different_shapes_are_not_stacked() -> None:
     with pytest.raises(AsrKdError, match="member 1: shape"):
         Ensemble.of([AcousticModel(SHAPE), AcousticModel(ModelShape(7, 3, 17, 5))])

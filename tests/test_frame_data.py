@@ -14,7 +14,7 @@ from test_training import FEATURES, LEFT, NUM_STATES, RIGHT, SETTINGS, SHAPE, ma
 from asr_kd import training
 from asr_kd.ensemble import Ensemble
 from asr_kd.errors import AsrKdError
-from asr_kd.frame_data import FrameData, StreamedFrames, input_statistics, load_ahead
+from asr_kd.frame_data import FrameData, StreamedFrames, epoch_frames, input_statistics, load_ahead, load_frame_data
 from asr_kd.frames import FrameStore, FrameWriter
 from asr_kd.soft_targets import OnTheFlyTargets, SoftTargetRecord, SoftTargetStore, extract
 from asr_kd.training import train
@@ -75,6 +75,47 @@ def test_a_streamed_epoch_takes_one_speed_variant_of_each_utterance(tmp_path: Pa
     for utterances in drawn:
         assert sorted(utt_id.rpartition("-")[2] for utt_id in utterances) == sorted(UTT_IDS)
     assert drawn[0] != drawn[1]
+
+
+def test_ids_that_begin_like_those_of_speed_copies_are_utterances_of_their_own(tmp_path: Path) -> None:
+    utt_ids = ("sp1-0001", "sp2-0001", "sp3-0001", "sp0.9-sp1-0001")  # three speakers, and a copy of the first
+    data = make_data(tmp_path, 1, utt_ids)
+    for epoch in range(5):
+        assert {"sp2-0001", "sp3-0001"} < set(data.utterances_of(epoch_frames(data, 1, epoch)))
+        assert len(epoch_frames(data, 1, epoch)) == sum(part.num_frames for part in streamed(tmp_path, utt_ids).parts(1, epoch, "one")) == 300
+
+
+def test_speed_copies_without_their_originals_are_known_by_their_stores(tmp_path: Path) -> None:
+    """Three utterances at two speeds, in features that record the speed; one id looks like a copy's, its bare form is another utterance."""
+    stores = []
+    for speed in (0.9, 1.1):
+        with FrameWriter(tmp_path / f"{speed}", (FEATURES,), np.float16, {"speed": speed}) as features, \
+                FrameWriter(tmp_path / f"targets-{speed}", (), np.int32) as targets:
+            for utt_id in ("a", "b", "sp1-a"):
+                features.append(f"sp{speed}-{utt_id}", np.zeros((100, FEATURES)))
+                targets.append(f"sp{speed}-{utt_id}", np.zeros(100))
+        stores.append((FrameStore(tmp_path / f"{speed}"), FrameStore(tmp_path / f"targets-{speed}")))
+    utt_ids = [utt_id for features, _ in stores for utt_id in features]
+    features, targets = zip(*stores, strict=True)
+    data = load_frame_data(features, targets, utt_ids, LEFT, RIGHT, CPU)
+    source = StreamedFrames(features, targets, utt_ids, LEFT, RIGHT, CPU)
+    seen: set[str] = set()
+    for epoch in range(10):
+        in_memory = data.utterances_of(epoch_frames(data, 1, epoch))
+        from_disk = [utt_id for part in source.parts(1, epoch, "one") for utt_id in part.load()[0].utt_ids]
+        for drawn in (in_memory, from_disk):
+            assert sorted(utt_id.split("-", 1)[1] for utt_id in drawn) == ["a", "b", "sp1-a"]
+        seen.update(in_memory, from_disk)
+    assert seen == set(utt_ids)
+
+
+def test_an_id_like_a_copys_in_a_store_of_the_original_speed_is_no_copy(tmp_path: Path) -> None:
+    with FrameWriter(tmp_path / "features", (FEATURES,), np.float16, {"speed": 1.0}) as features, FrameWriter(tmp_path / "targets", (), np.int32) as targets:
+        for utt_id in ("0001", "sp1-0001"):
+            features.append(utt_id, np.zeros((100, FEATURES)))
+            targets.append(utt_id, np.zeros(100))
+    stores = (FrameStore(tmp_path / "features"), FrameStore(tmp_path / "targets"))
+    assert len(epoch_frames(load_frame_data(*stores, ["0001", "sp1-0001"], LEFT, RIGHT, CPU), 1, 0)) == 200
 
 
 def test_the_next_item_is_loaded_while_the_present_one_is_used() -> None:

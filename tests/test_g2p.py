@@ -45,7 +45,7 @@ def test_known_words() -> None:
 
 @needs_espeak
 def test_words_without_letters_or_with_digits_get_none() -> None:
-    assert EspeakG2P(CMU_PHONES)(["'", "12", "A4", "-"]) == {"'": (), "12": (), "A4": (), "-": ()}
+    assert set(EspeakG2P(CMU_PHONES)(["'", "12", "A4", "-", "", "<unk>", "[NOISE]", "!SIL"]).values()) == {()}
 
 
 @needs_espeak
@@ -103,6 +103,24 @@ def test_complete_lexicon_with_espeak() -> None:
     assert set(generated) == {"CAT"}
     assert extended.phones == lexicon.phones
     assert [(exclusion.utt_id, exclusion.reason) for exclusion in exclusions] == [("b", "no pronunciation for: 7TH")]
+
+
+@needs_espeak
+def test_complete_lexicon_pronounces_the_words_of_the_language_model() -> None:
+    lexicon = Lexicon({"THE": (("DH", "AH"),), "ALL": (CMU_PHONES,)})
+    extended, generated, exclusions = complete_lexicon(lexicon, utterances(a="THE CAT"), lm_words=["THE", "DOG", "<unk>"])
+    assert set(generated) == {"CAT", "DOG"}
+    assert extended["DOG"] == (("D", "AA", "G"),)
+    assert exclusions == []
+
+
+@pytest.mark.parametrize("use_g2p", [False, True])
+def test_another_case_than_the_lexicon_is_an_error(use_g2p: bool) -> None:
+    lexicon = Lexicon({"THE": (("DH", "AH"),), "CAT": (("K", "AE", "T"),)})
+    with pytest.raises(AsrKdError, match=r"the transcripts: 3 of 3 words are not in the lexicon .*, 2 of them .* 'cat' \('CAT' is: .* differ in case\)"):
+        complete_lexicon(lexicon, utterances(a="the cat", b="the dog"), use_g2p)
+    with pytest.raises(AsrKdError, match=r"the language model: 2 of 2 words .* the lexicon and the language model differ in case"):
+        complete_lexicon(lexicon, utterances(a="THE CAT"), use_g2p, lm_words={"the", "cat"})
 
 
 def test_complete_lexicon_without_espeak(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

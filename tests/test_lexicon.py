@@ -118,6 +118,15 @@ def test_words_without_pronunciation_are_reported_or_generated() -> None:
     assert extended.phones == lexicon.phones
 
 
+def test_words_of_another_case_are_an_error_where_they_are_most_of_the_missing() -> None:
+    lexicon = Lexicon(dict.fromkeys("ABCD", (("AH",),)))
+    with pytest.raises(AsrKdError, match=r"the text: 3 of 4 words are not in the lexicon of 4 words, 2 of them .* 'b' \('B' is: the .* and the text differ"):
+        lexicon.check_case(["b", "c", "c", "x", "A"], "the text")
+    lexicon.check_case(["b", "c", "A", "B"], "the text")  # half of the words are missing
+    lexicon.check_case(["b", "x", "y"], "the text")  # most of them in any case
+    lexicon.check_case([], "the text")
+
+
 def test_empty_pronunciation_is_refused() -> None:
     with pytest.raises(AsrKdError, match="word 'A' has pronunciations"):
         Lexicon({"A": ((),)})

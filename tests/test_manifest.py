@@ -58,6 +58,26 @@ def test_what_cannot_be_used_is_counted_and_listed(tmp_path: Path, caplog: pytes
         assert [Exclusion(row["ID"], row["reason"]) for row in csv.DictReader(file)] == exclusions
 
 
+def test_audio_is_taken_from_beside_its_transcript(tmp_path: Path) -> None:
+    folder = make_chapter(tmp_path, "dev", "84", {"84-7-0000": "A"}, ["84-7-0000"])
+    other = make_chapter(tmp_path, "dev", "99", {"99-7-0000": "B"}, ["99-7-0000"])
+    soundfile.write(other / "84-7-0000.flac", np.zeros(3200), 16000)
+    utterances, exclusions = load_split("dev", tmp_path)
+    assert [(u.utt_id, u.duration_s, u.wav.parent) for u in utterances] == [("84-7-0000", 0.1, folder), ("99-7-0000", 0.1, other)]
+    assert exclusions == [Exclusion("84-7-0000", f"no transcript for {other / '84-7-0000.flac'}")]
+
+
+def test_two_audio_files_of_one_utterance_are_left_out_and_suffixes_have_any_case(tmp_path: Path) -> None:
+    folder = make_chapter(tmp_path, "dev", "84", {"84-7-0000": "A", "84-7-0001": "B"}, ["84-7-0000"])
+    soundfile.write(folder / "84-7-0000.wav", np.zeros(3200), 16000)
+    for name in ("84-7-0001.FLAC", "84-7-0002.FLAC"):
+        soundfile.write(folder / name, np.zeros(1600), 16000, format="FLAC")
+    utterances, exclusions = load_split("dev", tmp_path)
+    assert [(u.utt_id, u.wav.name) for u in utterances] == [("84-7-0001", "84-7-0001.FLAC")]
+    assert [(e.utt_id, e.reason.split(f" {tmp_path}")[0]) for e in exclusions] == [("84-7-0000", "2 audio files beside"), ("84-7-0002", "no transcript for")]
+    assert "(84-7-0000.flac, 84-7-0000.wav), expected one" in exclusions[0].reason
+
+
 def test_ids_must_be_unique(tmp_path: Path) -> None:
     make_chapter(tmp_path, "dev", "84", {"84-7-0000": "A"}, ["84-7-0000"])
     make_chapter(tmp_path, "train", "84", {"84-7-0000": "A", "84-7-0001": "B"}, ["84-7-0000", "84-7-0001"])

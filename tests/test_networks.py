@@ -1,8 +1,59 @@
-"""The training stages' choice of a network's size."""
+"""The training stages: size of a network, what identifies networks, and teachers that diverged."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from asr_kd import networks
+from asr_kd.ensemble import Ensemble
+from asr_kd.features import Windows
+from asr_kd.frame_data import FrameData
+from asr_kd.frames import FrameStore, FrameWriter
 from asr_kd.model import ModelShape
-from asr_kd.networks import network_shape
-from asr_kd.settings import make_settings
+from asr_kd.networks import NETWORKS, TrainingData, network_shape, train_networks
+from asr_kd.settings import Settings, make_settings
+from asr_kd.training import TrainingResult
+
+TINY: dict[str, Any] = {"synthetic_minutes": {"train": 1}, "hidden_layers": 1, "hidden_units": 8, "num_mels": 4, "left_context": 0, "right_context": 0,
+                        "precision": "fp32", "batch_frames": 50}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> TrainingData:
+    with FrameWriter(tmp_path / "features", (4,), np.float16) as writer:
+        writer.append("u", np.random.default_rng(0).normal(size=(200, 4)))
+    frames = FrameData(Windows(FrameStore(tmp_path / "features"), left=0, right=0), torch.arange(200, dtype=torch.int32) % 3)
+    return TrainingData(frames, frames, 3, {"features": "f", "targets": "t"})
+
+
+def teachers(data: TrainingData, folder: Path) -> tuple[Ensemble, str]:
+    settings: Settings = make_settings(TINY | {"output_folder": str(folder)})
+    trained, record = train_networks("teachers", folder / "teachers", settings, data, seeds=[1, 2, 3], epochs=1)
+    return trained, record.fingerprint
+
+
+def test_networks_are_identified_by_their_weights(data: TrainingData, tmp_path: Path) -> None:
+    """Soft targets of networks that another machine trained from the same settings must not pass for these ones'."""
+    trained, one = teachers(data, tmp_path)
+    assert teachers(data, tmp_path)[1] == one
+    with torch.no_grad():
+        trained.weights[0][0, 0, 0] += 1
+    trained.save(tmp_path / "teachers" / NETWORKS)
+    assert teachers(data, tmp_path)[1] != one
+
+
+def test_a_teacher_without_any_training_is_left_out(data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(networks, "train", lambda *_, **__: TrainingResult([0.5, -1.0, 0.6], [], {1: 7}, "fp32"))
+    left, _ = teachers(data, tmp_path)
+    fresh = Ensemble(left.shape, [1, 3])
+    assert [torch.equal(one, other) for one, other in zip(left.weights, fresh.weights, strict=True)] == [True, True]
+    assert "1 of 3 networks diverged at once and are left out" in caplog.text
 
 
 def test_only_soft_targets_change_the_students_dropout() -> None:

@@ -2,11 +2,13 @@ import copy
 import doctest
 import html
 import re
+from unittest.mock import MagicMock
 
 import pytest
 
 from asr_kd import figures
 from asr_kd.errors import AsrKdError
+from asr_kd.page import to_markdown
 from asr_kd.report import NONE, headline, make_page, write_report
 
 
@@ -128,6 +130,54 @@ def test_every_part_is_optional(results, tmp_path):
     assert "keeps 75 % of the ensemble's gain in frame accuracy on dev." in page
     assert table_of(page, "Results on dev")["Ensemble"] == ["52.00", *[NONE] * 6]
     assert [section.title for section in make_page(bare).sections] == ["Results on dev"]
+
+
+def lacking(value):
+    """Copies of nested results, each without one key of one dictionary, or with one dictionary or list of dictionaries emptied."""
+    if isinstance(value, dict):
+        yield {}
+        for key, item in value.items():
+            yield {name: other for name, other in value.items() if name != key}
+            yield from ({**value, key: changed} for changed in lacking(item))
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+        yield []
+        for k, item in enumerate(value):
+            yield from ([*value[:k], changed, *value[k + 1:]] for changed in lacking(item))
+
+
+def test_every_key_is_optional(complete, monkeypatch):
+    def panels(count, height_inches, *, sharey=False):
+        assert count > 0
+        return MagicMock(), [MagicMock() for _ in range(count)]
+
+    monkeypatch.setattr(figures, "_panels", panels)  # every value is read, nothing is drawn
+    monkeypatch.setattr(figures, "_svg", lambda figure, name: "")
+    count = 0
+    for part, value in complete.items():
+        for changed in lacking(value):
+            make_page({part: changed})
+            count += 1
+    assert count > 150
+
+
+@pytest.mark.parametrize("rows", [{}, {"baseline": {}}, {"baseline": {}, "ensemble": {}, "distilled": {}}, {"members": []}])
+def test_split_without_a_measure(rows, tmp_path):
+    page = write_report(tmp_path, {"splits": {"a": rows}}).read_text()
+    assert "<svg" not in page
+    assert "Results on a: " in page
+    assert all(cells == [NONE] * 7 for cells in table_of(page, "Results on a").values())
+
+
+def test_what_is_whole_is_shown_without_what_is_not(results):
+    del results["splits"]["dev-mini"]["distilled"]["frame_accuracy"]
+    del results["calibration"]["dev-mini"]["ensemble"]["bins"]
+    results["errors"]["dev-mini"]["per_speaker"]["84"] = results["errors"]["dev-mini"]["per_speaker"]["84"] | {"ensemble": {"errors": 240}}
+    results["temperature_sweep"]["rows"].append({"frame_accuracy": 0.4})
+    page = to_markdown(make_page(results))
+    assert "One network keeps 82 % of the ensemble's gain in word error rate on dev-mini." in page
+    assert "| Ensemble | 3.10 | 2.034 | 0.700 |" in page
+    assert "| 84 | 25.1 (251 / 1000) | \u2013 | 24.6 (246 / 1000) |" in page
+    assert "40.00" not in page
 
 
 def test_what_others_named_is_escaped(results, tmp_path):

@@ -20,7 +20,7 @@ from asr_kd import resumable_frames, soft_targets
 from asr_kd.errors import AsrKdError
 from asr_kd.frames import FrameStore
 from asr_kd.losses import SparseTargets, distillation_loss
-from asr_kd.resumable_frames import PROGRESS, ResumableFrameWriter
+from asr_kd.resumable_frames import ResumableFrameWriter
 from asr_kd.soft_targets import OnTheFlyTargets, SoftTargetRecord, SoftTargetStore, extract
 from asr_kd.sparse_targets import decode, encode
 
@@ -80,7 +80,7 @@ def direct(frames: Frames, temperature: float = 2.0) -> Tensor:
 
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resumable_frames, "CHUNK_FRAMES", 20)
-    monkeypatch.setattr(soft_targets, "LOGITS_AT_ONCE", 3 * NUM_STATES * 8)
+    monkeypatch.setattr(soft_targets, "LOGITS_AT_ONCE", {"cpu": 3 * NUM_STATES * 8})
     monkeypatch.setattr(soft_targets, "CACHED_ELEMENTS", NUM_STATES * 3)
 
 
@@ -310,7 +310,10 @@ def test_cut_off_extraction_is_not_readable_and_goes_on_where_it_stopped(tmp_pat
     extract(teachers, FRAMES, tmp_path / "cut", RECORD, seed=0, device=CPU, form=form)
     assert teachers.calls == 0  # 8 calls for the 58 frames cut off, 2 for the last 12; none for the first 30
     assert (tmp_path / "cut" / "frames.npy").read_bytes() == (tmp_path / "whole" / "frames.npy").read_bytes()
-    assert not (tmp_path / "cut" / PROGRESS).exists()
+    (tmp_path / "cut" / "index.json").unlink()  # a kill just before it was written
+    extract(DyingTeachers(calls=0), FRAMES, tmp_path / "cut", RECORD, seed=0, device=CPU, form=form)
+    assert SoftTargetStore(tmp_path / "cut", FRAMES, RECORD, CPU).num_frames == 100
+    assert (tmp_path / "cut" / "frames.npy").read_bytes() == (tmp_path / "whole" / "frames.npy").read_bytes()
 
 
 def test_cut_off_extraction_of_other_settings_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

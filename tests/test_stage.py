@@ -233,9 +233,46 @@ def test_a_stage_killed_again_and_again_ends_whole(tmp_path: Path) -> None:
     assert {path.name for path in folder.iterdir()} - {"started.json"} == everything | {"record.json"}
 
 
+def test_what_no_stage_wrote_is_not_touched(tmp_path: Path) -> None:
+    """An output folder may be, or hold, a folder of the user's own."""
+    def work(folder: Path) -> None:
+        (folder / "whole").write_text("1")
+
+    (tmp_path / "s").mkdir()
+    run_stage("s", tmp_path / "s", {}, {}, work)  # an empty folder may be taken
+    (tmp_path / "mine" / "speech").mkdir(parents=True)
+    (tmp_path / "mine" / "speech" / "a.flac").write_bytes(b"x")
+    with pytest.raises(AsrKdError, match=r"mine: holds files that no stage wrote \(speech\).*move them away or choose another output_folder"):
+        run_stage("s", tmp_path / "mine", {}, {}, work)
+    assert (tmp_path / "mine" / "speech" / "a.flac").read_bytes() == b"x"
+
+
+def test_a_stage_killed_while_its_old_output_is_removed_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(folder: Path) -> None:
+        for name in "abc":
+            (folder / name).write_text("1")
+
+    def removes_the_record_and_dies(folder: Path, ignore_errors: bool = False) -> None:
+        if folder.exists():
+            (folder / "record.json").unlink()
+            raise KeyboardInterrupt
+
+    run_stage("s", tmp_path / "s", {"size": 1}, {}, work)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", removes_the_record_and_dies)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage("s", tmp_path / "s", {"size": 2}, {}, work)
+    assert run_stage("s", tmp_path / "s", {"size": 2}, {}, work).files == {"a": 1, "b": 1, "c": 1}
+
+
 def test_leftover_folders_of_a_killed_run_are_removed(tmp_path: Path) -> None:
-    (tmp_path / "s" / ".build.part-1").mkdir(parents=True)
-    (tmp_path / "s" / ".build.part-1" / "x").write_text("half")
+    def dies(folder: Path) -> None:
+        (folder / ".build.part-1").mkdir()
+        (folder / ".build.part-1" / "x").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_stage("s", tmp_path / "s", {}, {}, dies)
 
     def work(folder: Path) -> None:
         (folder / ".build.part-2").mkdir()

@@ -134,7 +134,7 @@ def untied_model(phones: tuple[str, ...]) -> HmmModel:
 
 def write_tensors(path: Path, tensors: dict[str, NDArray[Any]]) -> None:
     """Write a safetensors file atomically."""
-    with atomic_path(path) as part:
+    with atomic_path(path, (SafetensorError,)) as part:
         save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, part)
 
 
