@@ -227,7 +227,8 @@ def tune(
     """Choose settings with the fewest word errors by coordinate search.
 
     One setting after another, in the order of `candidates`, takes the best of its values while the others stay, until a
-    round changes nothing. Ties go to the value tried first: nearest to the start. No combination is decoded twice.
+    round changes nothing. Ties go to the value tried first: nearest to the start. No combination is decoded twice. A choice at the end of
+    its values is told in the log.
 
     Args:
         utterances: called anew for each pass over the tuning utterances, so that they need not be held in memory.
@@ -256,6 +257,10 @@ def tune(
             nearest_first = sorted(values, key=lambda value: abs(value - getattr(best, name)))
             best = min((_with(best, name, value) for value in nearest_first), key=errors)
         if best == before:
+            for name, values in candidates.items():
+                if len(values) > 1 and (chosen := getattr(best, name)) in (min(values), max(values)):
+                    logger.warning("tune: %s %g is the last of %s that were tried; a wider choice may find a better one", name.replace("_", " "), chosen,
+                                   ", ".join(f"{value:g}" for value in sorted(values)))
             return Tuning(best, tuple(tried.items()))
 
 

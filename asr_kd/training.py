@@ -69,7 +69,8 @@ class TrainingSettings:
         variants: "one" speed variant of each utterance per epoch, drawn anew, or "all".
         precision: "auto", "fp32" or "bf16" matrix products; weights and optimiser state are float32.
         temperature, hard_weight: of the distillation loss; unused without soft targets.
-        checkpoint_interval_s: at most this much work is lost when training is cut, or 20 times what it takes to write a checkpoint.
+        checkpoint_interval_s: at most this much work is lost when training is cut, or 20 times what it takes to write a checkpoint; 0:
+            one is written as often as the losses are looked at.
     """
 
     schedule: ScheduleSettings = field(default_factory=ScheduleSettings)
@@ -174,7 +175,8 @@ class _Trainer:
                     start = time.monotonic()
                     self._save()
                     saved_at = time.monotonic()
-                    interval_s = max(self.settings.checkpoint_interval_s, 20 * (saved_at - start))  # however large they are
+                    if interval_s > 0:
+                        interval_s = max(self.settings.checkpoint_interval_s, 20 * (saved_at - start))  # however large they are
             if self._finished():
                 break
         if self.batch == self.num_batches:

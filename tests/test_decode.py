@@ -129,7 +129,7 @@ def test_an_error_in_a_process_reaches_the_caller(toy: Toy) -> None:
         decode(toy.folder / "graph", utterances, toy.hmm.log_priors, WIDE, num_jobs=2)
 
 
-def test_tuning_finds_the_best_of_the_grid(toy: Toy) -> None:
+def test_tuning_finds_the_best_of_the_grid(toy: Toy, caplog: pytest.LogCaptureFixture) -> None:
     utterances = [(f"utt{n}", toy.posteriors(15 + n, n)) for n in range(6)]
     references = {utt_id: ("A", "RED") for utt_id, _ in utterances}
     penalties = (-4.0, 0.0, 4.0)
@@ -138,6 +138,10 @@ def test_tuning_finds_the_best_of_the_grid(toy: Toy) -> None:
     assert set(tried) == set(penalties)
     assert tried[tuned.settings.word_insertion_penalty].errors == min(errors.errors for errors in tried.values())
     assert tried[-4.0].insertions > tried[4.0].insertions
+    assert ("is the last of -4, 0, 4 that were tried" in caplog.text) == (tuned.settings.word_insertion_penalty != 0.0)
+    chosen = tuned.settings.word_insertion_penalty
+    tune(toy.folder / "graph", lambda: utterances, references, toy.hmm.log_priors, {"word_insertion_penalty": (chosen, chosen + 50)}, WIDE)
+    assert f"word insertion penalty {chosen:g} is the last of {chosen:g}, {chosen + 50:g}" in caplog.text
     assert all(errors.words == 12 for errors in tried.values())
 
 
