@@ -193,7 +193,7 @@ def _check_ours(folder: Path, stage: str) -> None:
     """Raise `AsrKdError` where there is something that no stage wrote: it may be the user's own."""
     if not folder.exists() or (folder / STARTED).is_file() or (folder / RECORD).is_file():
         return
-    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else [folder.name]
+    found = sorted(path.name for path in folder.iterdir() if not path.match(".*.part-*")) if folder.is_dir() else [folder.name]
     if found:
         raise AsrKdError(f"{folder}: holds files that no stage wrote ({', '.join(found[:3])}), expected nothing there; the {stage} stage would "
                          "replace them: move them away or choose another output_folder")

@@ -239,7 +239,8 @@ def test_what_no_stage_wrote_is_not_touched(tmp_path: Path) -> None:
         (folder / "whole").write_text("1")
 
     (tmp_path / "s").mkdir()
-    run_stage("s", tmp_path / "s", {}, {}, work)  # an empty folder may be taken
+    (tmp_path / "s" / ".started.json.part-7").write_text("{")  # a stage killed as it began
+    run_stage("s", tmp_path / "s", {}, {}, work)
     (tmp_path / "mine" / "speech").mkdir(parents=True)
     (tmp_path / "mine" / "speech" / "a.flac").write_bytes(b"x")
     with pytest.raises(AsrKdError, match=r"mine: holds files that no stage wrote \(speech\).*move them away or choose another output_folder"):
