@@ -9,16 +9,20 @@ import sys
 import pytest
 
 SCRIPT = """
-import os, resource
+import ctypes, os, resource
 from asr_kd.runtime import prepare_process
 prepare_process()
-import torch
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-def step():
-    return [torch.ones(2_000_000) for _ in range(5)]  # 40 MB, all freed at the end
-for _ in range(5):
-    step()
+def step():  # 40 MB are written, then freed from the end of the heap on
+    blocks = [libc.malloc(8_000_000) for _ in range(5)]
+    for block in blocks:
+        ctypes.memset(block, 1, 8_000_000)
+    for block in reversed(blocks):
+        libc.free(block)
+step()
 before = faults()
 for _ in range(10):
     step()
