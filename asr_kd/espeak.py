@@ -108,6 +108,7 @@ class Espeak:
         self.sample_rate: int = self._library.espeak_Initialize(_SYNCHRONOUS, 0, folder, _PHONEME_EVENTS | _DO_NOT_EXIT)
         if self.sample_rate <= 0:
             raise AsrKdError(f"espeak-ng: no voice data in {espeakng_loader.get_data_path()}; {INSTALL}")
+        self._library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # of the breath in a voice; it starts with the second of the clock
         self._library.espeak_Info.restype = ctypes.c_char_p
         self._library.espeak_Info.argtypes = (ctypes.c_void_p,)
         self.version: str = self._library.espeak_Info(None).decode()

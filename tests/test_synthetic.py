@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +59,19 @@ def test_same_seed_gives_the_same_bytes_whatever_was_cut_off(corpus: SyntheticCo
     make_corpus(again, minutes=MINUTES, seed=3)
     assert digests(again) == wanted
     assert kept.stat().st_mtime_ns == before
+
+
+@needs_espeak
+def test_a_breathy_voice_does_not_depend_on_the_clock() -> None:
+    program = (
+        "from asr_kd.espeak import espeak; from hashlib import sha256\n"
+        "espeak().set_voice('en-us+f2'); print(sha256(espeak().speak(('outside', 'summer'), 150, 50).samples.tobytes()).hexdigest())"
+    )
+    said = set()
+    for _ in range(2):
+        said.add(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout)
+        time.sleep(1.01)  # espeak's own seed is the second of the clock
+    assert len(said) == 1
 
 
 @needs_espeak
