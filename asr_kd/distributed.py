@@ -46,6 +46,11 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def concrete_device(device: torch.device | str) -> torch.device:
+    """A device with its number: "cuda" is this thread's current GPU, and in threads begun later it would be another."""
+    return torch.empty(0, device=device).device
+
+
 def local_rank() -> int:
     """Number of this process on its machine: its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))

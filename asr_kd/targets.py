@@ -109,7 +109,7 @@ def prepare_targets(settings: Settings, corpus: Corpus, text: Text, features: Fe
     usable = {utt_id: words[utt_id] for utt_id in pronounced if any(utt_id in store for store in stores)}
 
     def work(folder: Path) -> None:
-        trained = train_gmm_hmm(stores, usable, corpus.speakers, text.lexicon, gmm, folder=folder / "passes")
+        trained = train_gmm_hmm(stores, usable, corpus.speakers, text.lexicon, gmm, folder=folder / "passes", device=settings.device)
         if rank() == 0:
             trained.save(folder / "aligner")
 
@@ -118,7 +118,7 @@ def prepare_targets(settings: Settings, corpus: Corpus, text: Text, features: Fe
     aligner = Aligner.load(settings.output / "hmm" / "aligner")
 
     def align_one(store: FrameStore, words: Words, speakers: Mapping[str, str], folder: Path) -> object:
-        return align(aligner, store, words, speakers, text.lexicon, folder)
+        return align(aligner, store, words, speakers, text.lexicon, folder, device=settings.device)
 
     root = targets_folder(settings, 0)
     record = combined("align", {"hmm": trained, **_align_all("align", root, corpus, features, {"hmm": trained.fingerprint}, align_one)})
@@ -136,7 +136,7 @@ def realign(settings: Settings, corpus: Corpus, text: Text, features: Features, 
         def log_likelihoods(utt_id: str) -> NDArray[np.float32]:
             return next(log_posteriors(network, windows, [utt_id]))[1] - hmm.log_priors
 
-        return align_with_network(hmm, log_likelihoods, store, words, text.lexicon, folder)
+        return align_with_network(hmm, log_likelihoods, store, words, text.lexicon, folder, device=settings.device)
 
     root = targets_folder(settings, number)
     record = combined("realign", _align_all("realign", root, corpus, features, {"network": network_fingerprint}, align_one))

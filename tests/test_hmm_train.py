@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pretend_gpu import pretend_gpu
 
 from asr_kd.errors import AsrKdError
 from asr_kd.frames import FrameStore, FrameWriter
@@ -118,6 +119,25 @@ def test_boundary_models_move_boundaries_only(trained: tuple[Aligner, Path], tmp
         early.append([own[own[:, 1] == 0][0, 2] - times[0][1] for own in rows])
     spliced, narrow = np.abs(early).mean(0)
     assert narrow < 0.5 < spliced
+
+
+def test_training_and_alignment_leave_nothing_on_the_cpu_that_belongs_on_the_gpu(made: Made, trained: tuple[Aligner, Path], tmp_path: Path,
+                                                                                monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asr_kd.hmm.corpus.num_threads", lambda: 1)
+    store, words, speakers, _ = made
+    with pretend_gpu() as gpu:
+        aligner = train_gmm_hmm(store, words, speakers, LEXICON, SETTINGS, folder=tmp_path / "passes", device=gpu)
+        aligner.save(tmp_path / "aligner")
+        assert align(aligner, store, words, speakers, LEXICON, tmp_path / "on_gpu", device="cuda") == []
+        uniform = np.zeros((store.length("utt000"), aligner.hmm.num_states), np.float32)
+        align_with_network(aligner.hmm, lambda _: uniform, store, {"utt000": words["utt000"]}, LEXICON, tmp_path / "network", device="cuda")
+    assert np.array_equal(aligner.hmm.state_table, trained[0].hmm.state_table)
+    assert aligner.adapted is not None
+    assert trained[0].adapted is not None
+    assert torch.allclose(aligner.adapted.mixtures.means, trained[0].adapted.mixtures.means, atol=1e-3)
+    align(trained[0], store, words, speakers, LEXICON, tmp_path / "on_cpu")
+    for utt_id in words:
+        assert np.array_equal(FrameStore(tmp_path / "on_gpu")[utt_id], FrameStore(tmp_path / "on_cpu")[utt_id])
 
 
 def test_targets_are_states_of_the_phones_in_their_context(made: Made, trained: tuple[Aligner, Path],
@@ -327,7 +347,7 @@ def test_batches_and_chunks_hold_every_utterance_once(made: Made, monkeypatch: p
     store, words, _, _ = made
     features = joined(store)
     monkeypatch.setattr("asr_kd.hmm.corpus.MAX_BATCH_CELLS", 100_000)
-    batches = viterbi_batches(words, Graphs(words, LEXICON, ("SIL", *LEXICON.phones)), features)
+    batches = viterbi_batches(words, Graphs(words, LEXICON, ("SIL", *LEXICON.phones)), features, torch.device("cpu"))
     assert sorted(utt_id for batch in batches for utt_id in batch) == sorted(words)
     assert len(batches) > 1
     parts = list(chunks(words, features, 400))

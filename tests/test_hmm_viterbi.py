@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -62,7 +63,7 @@ def test_batched_viterbi_finds_the_best_of_all_paths(cases: list[tuple[list[list
     hmm = random_hmm(rng)
     graphs = [build_alignment_graph(words, NUM_PHONES) for words, _ in cases]
     tables = [rng.normal(0, 2, (frames, graph.num_states)).astype(np.float32) for graph, (_, frames) in zip(graphs, cases, strict=True)]
-    paths = viterbi(graphs, hmm, tables, [np.arange(graph.num_states) for graph in graphs])
+    paths = viterbi(graphs, hmm, list(map(torch.from_numpy, tables)), [np.arange(graph.num_states) for graph in graphs])
     for graph, table, path in zip(graphs, tables, paths, strict=True):
         score, states = enumerated(graph, hmm, table)
         if not states:
@@ -80,7 +81,7 @@ def test_min_frames_is_the_shortest_alignable_length() -> None:
     hmm = random_hmm(np.random.default_rng(0))
     for frames, expected in ((8, False), (9, True)):
         table = np.zeros((frames, graph.num_states), np.float32)
-        assert (viterbi([graph], hmm, [table], [np.arange(graph.num_states)])[0] is not None) is expected
+        assert (viterbi([graph], hmm, [torch.from_numpy(table)], [np.arange(graph.num_states)])[0] is not None) is expected
     assert graph.min_frames == 9
 
 
@@ -91,7 +92,7 @@ def test_no_finite_path_gives_none_beside_an_utterance_that_has_one() -> None:
     bad = good.copy()
     bad[2] = -np.inf
     columns = np.arange(graph.num_states)
-    first, second = viterbi([graph, graph], hmm, [bad, good], [columns, columns])
+    first, second = viterbi([graph, graph], hmm, [torch.from_numpy(bad), torch.from_numpy(good)], [columns, columns])
     assert first is None
     assert second is not None
 
@@ -138,7 +139,7 @@ def test_hand_worked_optional_silence() -> None:
 
     def aligned(sounds: list[int]) -> list[int]:
         table = np.where(np.asarray(sounds)[:, None] == centre[None, :], 0.0, -50.0).astype(np.float32)
-        path = viterbi([graph], hmm, [table], [np.arange(graph.num_states)])[0]
+        path = viterbi([graph], hmm, [torch.from_numpy(table)], [np.arange(graph.num_states)])[0]
         assert path is not None
         return centre[path.states].tolist()
 
@@ -154,7 +155,7 @@ def test_hand_worked_pronunciation_variant() -> None:
     hmm = random_hmm(np.random.default_rng(3))
     _, centre, _, _ = split_codes(graph.codes, NUM_PHONES)
     table = np.where(centre == C, 0.0, -50.0).astype(np.float32)[None].repeat(6, 0)
-    path = viterbi([graph], hmm, [table], [np.arange(graph.num_states)])[0]
+    path = viterbi([graph], hmm, [torch.from_numpy(table)], [np.arange(graph.num_states)])[0]
     assert path is not None
     assert centre[path.states].tolist() == [C] * 6
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from asr_kd.distributed import add_over_processes, at_first_process, by_first_process, rank, world_size
+from asr_kd.distributed import add_over_processes, at_first_process, by_first_process, concrete_device, rank, world_size
 from asr_kd.errors import AsrKdError
 from asr_kd.frames import FrameStore, FrameWriter
 from asr_kd.hmm.corpus import (
@@ -23,6 +23,7 @@ from asr_kd.hmm.corpus import (
     Pronouncer,
     Scores,
     align_utterances,
+    chunk_frames,
     chunks,
     map_threads,
     mixture_scores,
@@ -34,6 +35,7 @@ from asr_kd.hmm.gmm import GaussianMixtures
 from asr_kd.hmm.model import EDGE, SIL, STATES_PER_PHONE, HmmModel, read_tensors, split_codes, write_tensors
 from asr_kd.hmm.transforms import TransformStatistics, fmllr
 from asr_kd.manifest import Exclusion, write_exclusions
+from asr_kd.precision import precision_context
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +139,8 @@ def align_with(model: GmmHmm, frontend: Frontend, graphs: GraphSource, utt_ids: 
     """One alignment pass by a mixture model; a frontend of another projection is projected, one of the same is used with its transforms."""
     if frontend.projection is not model.projection:
         frontend = frontend.projected(model.projection)
-    return dict(align_utterances(utt_ids, graphs, frontend.store, model.hmm, mixture_scores(frontend, model.mixtures), "align", guide))
+    return dict(align_utterances(utt_ids, graphs, frontend.store, model.hmm, mixture_scores(frontend, model.mixtures), "align",
+                                 frontend.device, guide))
 
 
 def move_boundaries(model: GmmHmm, frontend: Frontend, graphs: GraphSource, found: Mapping[str, Aligned | None]) -> dict[str, Aligned | None]:
@@ -161,20 +164,22 @@ def speaker_transforms(model: GmmHmm, frontend: Frontend, codes: Mapping[str, ND
     for utt_id in codes:
         by_speaker.setdefault(frontend.speakers[utt_id], []).append(utt_id)
 
+    mixtures = model.mixtures.to(frontend.device)
+
     def work(speaker: str) -> tuple[str, Tensor | None]:
-        sums = TransformStatistics(model.mixtures.dim)
-        for chunk in chunks(sorted(by_speaker[speaker]), frontend.store):
+        sums = TransformStatistics(mixtures.dim)
+        for chunk in chunks(sorted(by_speaker[speaker]), frontend.store, chunk_frames(frontend.device)):
             path = np.concatenate([codes[utt_id] for utt_id in chunk])
             speech = split_codes(path, len(model.hmm.phones))[1] != SIL
-            raw = torch.cat([frontend.unadapted(utt_id) for utt_id in chunk])[torch.from_numpy(speech)]
-            sums.add(model.mixtures, raw, frontend.transformed(speaker, raw), model.hmm.flat_table[path[speech]])
+            raw = torch.cat([frontend.unadapted(utt_id) for utt_id in chunk])[torch.from_numpy(speech).to(frontend.device)]
+            sums.add(mixtures, raw, frontend.transformed(speaker, raw), model.hmm.flat_table[path[speech]])
         return speaker, fmllr(sums)
 
     return {speaker: transform for speaker, transform in map_threads(work, sorted(by_speaker)) if transform is not None}
 
 
 def align(aligner: Aligner, features: FrameStore | Sequence[FrameStore], transcripts: Mapping[str, Sequence[str]], speakers: Mapping[str, str],
-          lexicon: Pronouncer, folder: Path | str) -> list[Exclusion]:
+          lexicon: Pronouncer, folder: Path | str, *, device: torch.device | str = "cpu") -> list[Exclusion]:
     """Align a split and write its state ids, a FrameStore of () int32, at `folder`, with segments and `exclusions.csv`.
 
     State ids are those of the triphone alignment; the segments' times come from the boundary models. Networks want the former: on 4 hours
@@ -186,6 +191,7 @@ def align(aligner: Aligner, features: FrameStore | Sequence[FrameStore], transcr
         features: log-mel store that holds the utterances (or several stores).
         transcripts: utterance id -> words.
         speakers: utterance id -> speaker id, for normalisation and adaptation.
+        device: where mixtures are evaluated and paths searched for.
 
     Returns:
         The utterances that could not be aligned.
@@ -196,13 +202,15 @@ def align(aligner: Aligner, features: FrameStore | Sequence[FrameStore], transcr
     own = own_utterances(usable, speakers, stores)
     if not own:
         return write_alignments(folder, aligner.hmm, graphs, usable, {}, {}, exclusions)
-    frontend = Frontend.of(stores, speakers, own)
-    found = aligner.align(frontend, graphs, own)
-    return write_alignments(folder, aligner.hmm, graphs, usable, found, aligner.timed(frontend, graphs, found), exclusions)
+    with precision_context("fp32", torch.device(device)):
+        frontend = Frontend.of(stores, speakers, own, device)
+        found = aligner.align(frontend, graphs, own)
+        timed = aligner.timed(frontend, graphs, found)
+    return write_alignments(folder, aligner.hmm, graphs, usable, found, timed, exclusions)
 
 
 def align_with_network(hmm: HmmModel, log_likelihoods: LogLikelihoods, features: FrameStore | Sequence[FrameStore], transcripts: Mapping[str, Sequence[str]],
-                       lexicon: Pronouncer, folder: Path | str, *, acoustic_scale: float = 1.0) -> list[Exclusion]:
+                       lexicon: Pronouncer, folder: Path | str, *, acoustic_scale: float = 1.0, device: torch.device | str = "cpu") -> list[Exclusion]:
     """Align a split by a network's scores: as `align`, with `log_likelihoods(utt_id)` the (T, S) log posteriors minus log priors.
 
     Raises:
@@ -212,14 +220,17 @@ def align_with_network(hmm: HmmModel, log_likelihoods: LogLikelihoods, features:
     stores = joined(features)
     usable, exclusions = usable_utterances(graphs, stores)
 
+    place = concrete_device(device)
+
     def scores_of(utt_id: str) -> Scores:
         table = np.asarray(log_likelihoods(utt_id))
         if table.shape != (stores.length(utt_id), hmm.num_states):
             raise AsrKdError(f"{utt_id}: scores of shape {table.shape} for {stores.length(utt_id)} frames and {hmm.num_states} states; "
                              "score it with a network trained on these states and features")
-        return lambda states, span: table[span, states].astype(np.float32) * np.float32(acoustic_scale)
+        return lambda states, span: torch.from_numpy(table[span, states].astype(np.float32) * np.float32(acoustic_scale)).to(place)
 
-    found = dict(align_utterances(usable[rank() :: world_size()], graphs, stores, hmm, scores_of, "align with the network"))
+    own = usable[rank() :: world_size()]
+    found = dict(align_utterances(own, graphs, stores, hmm, scores_of, "align with the network", place))
     return write_alignments(folder, hmm, graphs, usable, found, found, exclusions)
 
 

@@ -12,6 +12,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from asr_kd.distributed import local_world_size, rank, world_size
 from asr_kd.errors import AsrKdError
@@ -31,6 +32,8 @@ MAX_BATCH_CELLS = 40_000_000
 """Frames times states of a Viterbi batch: bytes of its traceback."""
 MAX_CHUNK_FRAMES = 200_000
 """Frames that are held in memory at once while statistics are summed."""
+GPU_FACTOR = 5
+"""A GPU takes so many times larger batches and chunks."""
 GUIDE_FRAMES = 50
 """Frames by which a word may leave its place in an earlier alignment."""
 GUIDED_BLOCK = 128
@@ -140,13 +143,19 @@ def map_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> It
     torch.set_num_threads(before)
 
 
-def viterbi_batches(utt_ids: Iterable[str], graphs: GraphSource, features: Features) -> list[list[str]]:
+def chunk_frames(device: torch.device) -> int:
+    """Frames of a chunk whose statistics are summed on `device`."""
+    return MAX_CHUNK_FRAMES * (1 if device.type == "cpu" else GPU_FACTOR)
+
+
+def viterbi_batches(utt_ids: Iterable[str], graphs: GraphSource, features: Features, device: torch.device) -> list[list[str]]:
     """Utterances of like length together, such that a batch's traceback stays small."""
+    max_cells = MAX_BATCH_CELLS * (1 if device.type == "cpu" else GPU_FACTOR)
     batches: list[list[str]] = []
     longest = states = 0
     for utt_id in sorted(utt_ids, key=lambda utt_id: (-features.length(utt_id), utt_id)):
         size = graphs[utt_id].num_states
-        if not batches or longest * (states + size) > MAX_BATCH_CELLS:
+        if not batches or longest * (states + size) > max_cells:
             batches.append([])
             longest, states = features.length(utt_id), 0
         batches[-1].append(utt_id)
@@ -154,7 +163,7 @@ def viterbi_batches(utt_ids: Iterable[str], graphs: GraphSource, features: Featu
     return batches
 
 
-def chunks(utt_ids: Iterable[str], features: Features, max_frames: int = MAX_CHUNK_FRAMES) -> Iterator[list[str]]:
+def chunks(utt_ids: Iterable[str], features: Features, max_frames: int) -> Iterator[list[str]]:
     """Runs of utterances of at most `max_frames` frames (or one utterance)."""
     chunk: list[str] = []
     frames = 0
@@ -208,16 +217,17 @@ class FixedPhones:
         return replace(own, nodes=self._nodes[utt_id][own.nodes])
 
 
-Scores = Callable[[NDArray[np.integer], slice], NDArray[np.float32]]
-"""(state ids (U,), frames) -> (n, U) log-likelihoods of an utterance's frames."""
+Scores = Callable[[NDArray[np.integer], slice], Tensor]
+"""(state ids (U,), frames) -> (n, U) float32 log-likelihoods of an utterance's frames."""
 
 
 def align_utterances(utt_ids: Sequence[str], graphs: GraphSource, features: Features, hmm: HmmModel, scores_of: Callable[[str], Scores], desc: str,
-                     guide: Mapping[str, Aligned | None] | None = None) -> Iterator[tuple[str, Aligned | None]]:
+                     device: torch.device, guide: Mapping[str, Aligned | None] | None = None) -> Iterator[tuple[str, Aligned | None]]:
     """Align utterances; None where no path has a finite score. The order is by length, not as given.
 
     Args:
-        scores_of: gives an utterance's scores.
+        scores_of: gives an utterance's scores, on `device`.
+        device: where the paths are searched for.
         guide: earlier alignments; a word may move by `GUIDE_FRAMES` from where it was, which saves most of the scores.
     """
     guide = guide or {}
@@ -225,12 +235,12 @@ def align_utterances(utt_ids: Sequence[str], graphs: GraphSource, features: Feat
     def work(batch: list[str]) -> list[tuple[str, Aligned | None]]:
         own = [graphs[utt_id] for utt_id in batch]
         used = [np.unique(hmm.flat_table[graph.codes], return_inverse=True) for graph in own]
-        tables = [_scored(scores_of(utt_id), graph, features.length(utt_id), states, columns, guide.get(utt_id))
+        tables = [_scored(scores_of(utt_id), graph, features.length(utt_id), states, columns, guide.get(utt_id), device)
                   for utt_id, graph, (states, columns) in zip(batch, own, used, strict=True)]
         paths = viterbi(own, hmm, tables, [columns for _, columns in used])
         return [(utt_id, _aligned(graph, path)) for utt_id, graph, path in zip(batch, own, paths, strict=True)]
 
-    batches = viterbi_batches(utt_ids, graphs, features)
+    batches = viterbi_batches(utt_ids, graphs, features, device)
     with progress(desc=desc, total=len(utt_ids), unit="utt") as bar:
         for results in map_threads(work, batches):
             bar.update(len(results))
@@ -238,20 +248,33 @@ def align_utterances(utt_ids: Sequence[str], graphs: GraphSource, features: Feat
 
 
 def _scored(scores: Scores, graph: AlignmentGraph, num_frames: int, states: NDArray[np.integer], columns: NDArray[np.integer],
-            guide: Aligned | None) -> NDArray[np.float32]:
+            guide: Aligned | None, device: torch.device) -> Tensor:
     """(T, U) log-likelihoods in the states that a graph uses; -inf where the guide rules a state out."""
     if guide is None or guide.nodes[0] < 0:
         return scores(states, slice(0, num_frames))
-    table = np.full((num_frames, len(states)), -np.inf, np.float32)
+    allowed = _allowed(graph, num_frames, len(states), columns, guide)
+    if device.type != "cpu":  # one large product and a mask take less time than many small products
+        ruled_out = torch.from_numpy(~allowed).to(device).repeat_interleave(GUIDED_BLOCK, 0)[:num_frames]
+        return scores(states, slice(0, num_frames)).masked_fill(ruled_out, -torch.inf)
+    table = torch.full((num_frames, len(states)), -torch.inf)
+    for block, own in enumerate(allowed):
+        active = np.flatnonzero(own)
+        span = slice(block * GUIDED_BLOCK, min((block + 1) * GUIDED_BLOCK, num_frames))
+        table[span].index_copy_(1, torch.from_numpy(active), scores(states[active], span))
+    return table
+
+
+def _allowed(graph: AlignmentGraph, num_frames: int, num_states: int, columns: NDArray[np.integer], guide: Aligned) -> NDArray[np.bool_]:
+    """(blocks of frames, U) the states whose word lies near enough in the earlier alignment."""
     slots = graph.node_slot[guide.nodes]
     first = np.searchsorted(slots, graph.node_slot, "left") - GUIDE_FRAMES
     last = np.searchsorted(slots, graph.node_slot, "right") + GUIDE_FRAMES
-    for start in range(0, num_frames, GUIDED_BLOCK):
-        near = np.repeat((first < start + GUIDED_BLOCK) & (last > start), STATES_PER_PHONE)
-        active = np.unique(columns[near])
-        span = slice(start, min(start + GUIDED_BLOCK, num_frames))
-        table[span, active] = scores(states[active], span)
-    return table
+    starts = np.arange(0, num_frames, GUIDED_BLOCK)
+    allowed = np.zeros((len(starts), num_states), np.bool_)
+    for own, start in zip(allowed, starts.tolist(), strict=True):
+        near = (first < start + GUIDED_BLOCK) & (last > start)
+        own[columns[np.repeat(near, STATES_PER_PHONE)]] = True
+    return allowed
 
 
 def _aligned(graph: AlignmentGraph, path: Path | None) -> Aligned | None:
@@ -259,16 +282,12 @@ def _aligned(graph: AlignmentGraph, path: Path | None) -> Aligned | None:
 
 
 def mixture_scores(frontend: Frontend, mixtures: GaussianMixtures) -> Callable[[str], Scores]:
-    """Scores for `align_utterances` from Gaussian mixtures."""
-    projection = mixtures.projection()
+    """Scores for `align_utterances` from Gaussian mixtures, on the frontend's device."""
+    projection = mixtures.to(frontend.device).projection()
 
     def scores_of(utt_id: str) -> Scores:
         frames = frontend.frames(utt_id)
 
-        def scores(states: NDArray[np.integer], span: slice) -> NDArray[np.float32]:
-            table: NDArray[np.float32] = log_likelihoods(mixtures, projection, frames[span], states).numpy()
-            return table
-
-        return scores
+        return lambda states, span: log_likelihoods(mixtures, projection, frames[span], states)
 
     return scores_of

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from asr_kd.distributed import from_first_process
 from asr_kd.hmm.align import GmmHmm
-from asr_kd.hmm.corpus import chunks, map_threads
+from asr_kd.hmm.corpus import chunk_frames, chunks, map_threads
 from asr_kd.hmm.frontend import Frontend
 from asr_kd.hmm.gmm import GaussianMixtures, Statistics, accumulate, estimate, grow
 from asr_kd.hmm.model import EDGE, SIL, HmmModel
@@ -29,8 +29,10 @@ def expect(model: GmmHmm, frontend: Frontend, codes: Mapping[str, NDArray[np.int
         frontend: features as the model wants them.
         codes: utterance id -> (T,) context codes of its frames.
     """
+    mixtures = model.mixtures.to(frontend.device)
+
     def work(chunk: list[str]) -> Statistics:
-        return accumulate(model.mixtures, frames_of(frontend, chunk), states_of(model.hmm, codes, chunk))
+        return accumulate(mixtures, frames_of(frontend, chunk), states_of(model.hmm, codes, chunk))
 
     return accumulate_over(work, model.mixtures, codes, frontend)
 
@@ -38,7 +40,7 @@ def expect(model: GmmHmm, frontend: Frontend, codes: Mapping[str, NDArray[np.int
 def accumulate_over(work: Callable[[list[str]], Statistics], mixtures: GaussianMixtures, utt_ids: Iterable[str], frontend: Frontend) -> Statistics:
     """Statistics of all processes' utterances, chunk by chunk."""
     total = Statistics.zero(mixtures.num_gaussians, mixtures.dim)
-    for part in map_threads(work, chunks(utt_ids, frontend.store)):
+    for part in map_threads(work, chunks(utt_ids, frontend.store, chunk_frames(frontend.device))):
         total += part
     return total.over_processes()
 

@@ -10,10 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from asr_kd.distributed import concrete_device
 from asr_kd.errors import AsrKdError
 from asr_kd.hmm.features import Features
 from asr_kd.progress import progress
 
+CPU = torch.device("cpu")
 NUM_CEPSTRA = 13
 SPLICE = 4
 """Frames on either side that are joined before the projection."""
@@ -29,7 +31,8 @@ def dct_matrix(num_mels: int, num_cepstra: int = NUM_CEPSTRA) -> Tensor:
 
 def splice(frames: Tensor, context: int = SPLICE) -> Tensor:
     """(T, D) -> (T, (2 · context + 1) · D): each frame between its neighbours, edges repeated."""
-    index = (torch.arange(len(frames))[:, None] + torch.arange(-context, context + 1)).clamp_(0, len(frames) - 1)
+    neighbours = torch.arange(-context, context + 1, device=frames.device)
+    index = (torch.arange(len(frames), device=frames.device)[:, None] + neighbours).clamp_(0, len(frames) - 1)
     return frames[index].flatten(1)
 
 
@@ -54,6 +57,7 @@ class Frontend:
         means: speaker id -> (13,) cepstral mean.
         projection: (9 · 13, D) for spliced cepstra; None: cepstra with deltas.
         transforms: speaker id -> (D, D + 1) affine adaptation [A, b] (fMLLR); speakers without one are left as they are.
+        device: where frames are made; the tensors above stay on the CPU.
     """
 
     store: Features
@@ -61,6 +65,7 @@ class Frontend:
     means: Mapping[str, Tensor]
     projection: Tensor | None = None
     transforms: Mapping[str, Tensor] = field(default_factory=dict)
+    device: torch.device = CPU
 
     @property
     def dim(self) -> int:
@@ -68,7 +73,7 @@ class Frontend:
         return 3 * NUM_CEPSTRA if self.projection is None else self.projection.shape[1]
 
     @staticmethod
-    def of(store: Features, speakers: Mapping[str, str], utt_ids: Sequence[str]) -> Frontend:
+    def of(store: Features, speakers: Mapping[str, str], utt_ids: Sequence[str], device: torch.device | str = "cpu") -> Frontend:
         """Measure the cepstral means of the speakers over the given utterances.
 
         Raises:
@@ -86,7 +91,7 @@ class Frontend:
             counts[speaker] = counts.get(speaker, 0) + len(frames)
         dct = dct_matrix(store.frame_shape[0])
         means = {speaker: torch.from_numpy(sums[speaker] / max(counts[speaker], 1)).float() @ dct for speaker in sums}
-        return Frontend(store, speakers, means)
+        return Frontend(store, speakers, means, device=concrete_device(device))
 
     def projected(self, projection: Tensor | None) -> Frontend:
         """The same with spliced cepstra through `projection`, unadapted."""
@@ -98,8 +103,8 @@ class Frontend:
 
     def cepstra(self, utt_id: str) -> Tensor:
         """(T, 13) normalised cepstra."""
-        log_mel = torch.from_numpy(self.store[utt_id].astype(np.float32))
-        return log_mel @ dct_matrix(log_mel.shape[1]) - self.means[self.speakers[utt_id]]
+        log_mel = torch.from_numpy(self.store[utt_id].astype(np.float32)).to(self.device)
+        return log_mel @ dct_matrix(log_mel.shape[1]).to(self.device) - self.means[self.speakers[utt_id]].to(self.device)
 
     def spliced(self, utt_id: str) -> Tensor:
         """(T, 9 · 13) what a projection is estimated from."""
@@ -107,7 +112,7 @@ class Frontend:
 
     def unadapted(self, utt_id: str) -> Tensor:
         """(T, D) features before the speaker's transform."""
-        return add_deltas(self.cepstra(utt_id)) if self.projection is None else self.spliced(utt_id) @ self.projection
+        return add_deltas(self.cepstra(utt_id)) if self.projection is None else self.spliced(utt_id) @ self.projection.to(self.device)
 
     def frames(self, utt_id: str) -> Tensor:
         """(T, D) features."""
@@ -115,5 +120,7 @@ class Frontend:
 
     def transformed(self, speaker: str, frames: Tensor) -> Tensor:
         """Frames (T, D) of a speaker after the speaker's transform, if there is one."""
-        transform = self.transforms.get(speaker)
-        return frames if transform is None else torch.addmm(transform[:, -1], frames, transform[:, :-1].T)
+        if speaker not in self.transforms:
+            return frames
+        transform = self.transforms[speaker].to(self.device)
+        return torch.addmm(transform[:, -1], frames, transform[:, :-1].T)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ MIN_GAUSSIAN_FRAMES = 10.0
 SPLIT_DISTANCE = 0.2
 """Standard deviations by which the two halves of a split Gaussian move apart."""
 CACHED_CELLS = 500_000
-"""Gaussians times frames that are evaluated at once."""
+"""Gaussians times frames that are evaluated at once, such that a core's cache holds them."""
+GPU_CELLS = 50_000_000
+"""The same on a GPU, where fewer, larger products are better."""
 PADDED_SIZES = np.asarray([1, 2, 4, *(step << shift for shift in range(20) for step in (6, 8))])
 """States are filled up to one of these numbers of Gaussians."""
 
@@ -58,6 +60,10 @@ class GaussianMixtures:
         """(S,) Gaussians per state."""
         return np.diff(self.offsets)
 
+    def to(self, device: torch.device) -> GaussianMixtures:
+        """The same with its tensors on a device."""
+        return replace(self, weights=self.weights.to(device), means=self.means.to(device), variances=self.variances.to(device))
+
     def projection(self) -> tuple[Tensor, Tensor]:
         """(G + 1, 2 D) and (G + 1, 1) such that projection @ [x, x²] + constant is log(weight · density) of x in each Gaussian.
 
@@ -66,8 +72,8 @@ class GaussianMixtures:
         precisions = 1.0 / self.variances
         linear = self.means * precisions
         constant = self.weights.clamp_min(1e-30).log() - 0.5 * (self.variances.log() + self.means * linear + math.log(2 * math.pi)).sum(1)
-        none = torch.zeros(1, 2 * self.dim)
-        return torch.cat([torch.cat([linear, -0.5 * precisions], 1), none]), torch.cat([constant, torch.full((1,), -1e30)])[:, None]
+        none, never = linear.new_zeros(1, 2 * self.dim), constant.new_full((1,), -1e30)
+        return torch.cat([torch.cat([linear, -0.5 * precisions], 1), none]), torch.cat([constant, never])[:, None]
 
 
 def with_squares(frames: Tensor) -> Tensor:
@@ -78,18 +84,18 @@ def with_squares(frames: Tensor) -> Tensor:
 def log_likelihoods(mixtures: GaussianMixtures, projection: tuple[Tensor, Tensor], frames: Tensor, states: NDArray[np.integer]) -> Tensor:
     """Log-likelihood of frames (T, D) in the given states (U,), as (T, U).
 
-    Only the Gaussians of these states are evaluated, a few frames at a time, such that a core's cache holds the table. States
-    with alike numbers of Gaussians are summed together, the smaller ones filled up with a Gaussian that never scores.
+    Only the Gaussians of these states are evaluated, on a CPU a few frames at a time. States with alike numbers of Gaussians are
+    summed together, the smaller ones filled up with a Gaussian that never scores.
     """
     sizes = mixtures.sizes[states]
     padded = PADDED_SIZES[np.searchsorted(PADDED_SIZES, sizes)]
     groups = [(states[padded == size], int(size)) for size in np.unique(padded)]
-    rows = torch.from_numpy(np.concatenate([_padded_rows(mixtures, group, size) for group, size in groups]))
+    rows = torch.from_numpy(np.concatenate([_padded_rows(mixtures, group, size) for group, size in groups])).to(frames.device)
     matrix, constant = projection[0].index_select(0, rows), projection[1].index_select(0, rows)
     squared = with_squares(frames)
-    step = max(16, CACHED_CELLS // len(rows) // 16 * 16)
+    step = max(16, (CACHED_CELLS if frames.device.type == "cpu" else GPU_CELLS) // len(rows) // 16 * 16)
     parts = [_group_sums(torch.addmm(constant, matrix, block), groups) for block in torch.split(squared, step, dim=1)]
-    as_asked = torch.from_numpy(np.argsort(np.argsort(padded, kind="stable")))
+    as_asked = torch.from_numpy(np.argsort(np.argsort(padded, kind="stable"))).to(frames.device)
     return torch.cat(parts, 1).index_select(0, as_asked).T
 
 
@@ -118,7 +124,7 @@ def _log_sum(joint: Tensor) -> Tensor:
 
 @dataclass
 class Statistics:
-    """What EM needs, addable: share of frames (G,), weighted sums (G, D) and sums of squares (G, D), total log-likelihood, frames."""
+    """What EM needs, addable, in float64 on the CPU: share of frames (G,), weighted sums (G, D) and sums of squares (G, D), log-likelihood, frames."""
 
     frames: Tensor
     sums: Tensor
@@ -148,11 +154,11 @@ class Statistics:
         return self
 
 
-def rows_by_state(states: NDArray[np.integer]) -> Iterator[tuple[int, Tensor]]:
-    """Each state that occurs in `states` (T,) with the frames where it does."""
+def rows_by_state(states: NDArray[np.integer], device: torch.device) -> Iterator[tuple[int, Tensor]]:
+    """Each state that occurs in `states` (T,) with the frames where it does, as an index on `device`."""
     order = np.argsort(states, kind="stable")
     names, starts = np.unique(states[order], return_index=True)
-    rows = torch.from_numpy(order)
+    rows = torch.from_numpy(order).to(device)
     for state, start, end in zip(names.tolist(), starts.tolist(), [*starts[1:].tolist(), len(states)], strict=True):
         yield state, rows[start:end]
 
@@ -166,19 +172,19 @@ def posteriors(mixtures: GaussianMixtures, projection: tuple[Tensor, Tensor], st
 
 
 def accumulate(mixtures: GaussianMixtures, frames: Tensor, states: NDArray[np.integer]) -> Statistics:
-    """The E step for frames (T, D) aligned to `states` (T,)."""
-    statistics = Statistics.zero(mixtures.num_gaussians, mixtures.dim)
+    """The E step for frames (T, D) aligned to `states` (T,), on the device of both."""
     projection = mixtures.projection()
-    for state, rows in rows_by_state(states):
+    occupancies, sums, squares = torch.zeros_like(mixtures.weights), torch.zeros_like(mixtures.means), torch.zeros_like(mixtures.means)
+    log_likelihood = frames.new_zeros((), dtype=torch.float64)
+    for state, rows in rows_by_state(states, frames.device):
         own = frames[rows]
         shares, total = posteriors(mixtures, projection, state, own)
         span = slice(int(mixtures.offsets[state]), int(mixtures.offsets[state + 1]))
-        statistics.frames[span] = shares.sum(0).double()
-        statistics.sums[span] = (shares.T @ own).double()
-        statistics.squares[span] = (shares.T @ own.square()).double()
-        statistics.log_likelihood += float(total.sum(dtype=torch.float64))
-    statistics.num_frames = len(states)
-    return statistics
+        occupancies[span] = shares.sum(0)
+        sums[span] = shares.T @ own
+        squares[span] = shares.T @ own.square()
+        log_likelihood += total.sum(dtype=torch.float64)
+    return Statistics(occupancies.double().cpu(), sums.double().cpu(), squares.double().cpu(), float(log_likelihood), len(states))
 
 
 def estimate(mixtures: GaussianMixtures, statistics: Statistics, variance_floor: Tensor) -> GaussianMixtures:

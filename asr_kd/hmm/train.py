@@ -20,15 +20,16 @@ from asr_kd.frames import FrameStore
 from asr_kd.hmm.align import Aligner, GmmHmm, align_with, learn_transitions, speaker_transforms, usable_utterances
 from asr_kd.hmm.boundaries import train_boundaries
 from asr_kd.hmm.checkpoint import TrainState, load_state, save_state
-from asr_kd.hmm.corpus import Aligned, Graphs, Pronouncer, chunks, map_threads, own_utterances
+from asr_kd.hmm.corpus import Aligned, Graphs, Pronouncer, chunk_frames, chunks, map_threads, own_utterances
 from asr_kd.hmm.em import VARIANCE_FLOOR, accumulate_over, expect, frames_of, maximise, states_of
 from asr_kd.hmm.features import joined
-from asr_kd.hmm.frontend import NUM_CEPSTRA, SPLICE, Frontend
+from asr_kd.hmm.frontend import CPU, NUM_CEPSTRA, SPLICE, Frontend
 from asr_kd.hmm.gmm import GaussianMixtures, Statistics, accumulate, single_gaussians
 from asr_kd.hmm.model import SIL, HmmModel, split_codes, untied_model
 from asr_kd.hmm.topology import even_path
 from asr_kd.hmm.transforms import TransformStatistics, lda, mllt
 from asr_kd.hmm.tree import ContextStatistics, grow_tree, state_table
+from asr_kd.precision import precision_context
 from asr_kd.stage import fingerprint
 
 log = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ def schedule(settings: GmmHmmSettings) -> list[Pass]:
 
 
 def train_gmm_hmm(features: FrameStore | Sequence[FrameStore], transcripts: Mapping[str, Sequence[str]], speakers: Mapping[str, str], lexicon: Pronouncer,
-                  settings: GmmHmmSettings, *, folder: Path | str | None = None) -> Aligner:
+                  settings: GmmHmmSettings, *, folder: Path | str | None = None, device: torch.device | str = "cpu") -> Aligner:
     """Train an aligner on every utterance that can be aligned; those that cannot are left to `align` to list.
 
     The result depends on nothing random. With `folder`, the state after each pass is kept there and an earlier, cut-off training
@@ -123,6 +124,7 @@ def train_gmm_hmm(features: FrameStore | Sequence[FrameStore], transcripts: Mapp
         transcripts: utterance id -> words.
         speakers: utterance id -> speaker id.
         lexicon: pronunciations.
+        device: where mixtures are evaluated and trained, and paths searched for; LDA and the tree are made on the CPU.
 
     Raises:
         AsrKdError: nothing to train on, or fewer states asked for than three per phone.
@@ -136,11 +138,9 @@ def train_gmm_hmm(features: FrameStore | Sequence[FrameStore], transcripts: Mapp
         raise AsrKdError(f"no utterance of {len(exclusions)} can be aligned (first: {exclusions[0].utt_id}, {exclusions[0].reason}); check lexicon and features"
                          if exclusions else "no transcripts to train on; check the training split")
     own = own_utterances(usable, speakers, stores)
-    trainer = _Trainer(Frontend.of(stores, speakers, own), graphs, usable, own, settings, lexicon)
-    if folder is not None:
-        return trainer.run(Path(folder))
-    with tempfile.TemporaryDirectory() as temporary:
-        return trainer.run(Path(from_first_process(temporary)))
+    trainer = _Trainer(Frontend.of(stores, speakers, own, device), graphs, usable, own, settings, lexicon)
+    with tempfile.TemporaryDirectory() as temporary, precision_context("fp32", torch.device(device)):
+        return trainer.run(Path(folder or from_first_process(temporary)))
 
 
 class _Trainer:
@@ -220,8 +220,10 @@ class _Trainer:
         hmm = untied_model(self.phones)
         one = single_gaussians(torch.zeros(1, 39), torch.ones(1, 39))
 
+        on_device = one.to(self.frontend.device)
+
         def work(chunk: list[str]) -> Statistics:
-            return accumulate(one, frames_of(self.frontend, chunk), np.zeros(self.length(chunk), np.int64))
+            return accumulate(on_device, frames_of(self.frontend, chunk), np.zeros(self.length(chunk), np.int64))
 
         overall = accumulate_over(work, one, aligned, self.frontend)
         mean = overall.sums[0] / overall.frames[0]
@@ -231,7 +233,8 @@ class _Trainer:
 
     def even_alignment(self, utt_id: str) -> Aligned:
         """All states equally long; the path is not one of the alignment graph."""
-        codes = even_path(self.graphs.pronunciations(utt_id), len(self.phones), self.frontend.store.length(utt_id), quiet_edges(self.frontend.cepstra(utt_id)))
+        quiet = quiet_edges(self.frontend.cepstra(utt_id).cpu())
+        codes = even_path(self.graphs.pronunciations(utt_id), len(self.phones), self.frontend.store.length(utt_id), quiet)
         return Aligned(codes, np.full_like(codes, -1), 0.0)
 
     def begin_stage(self, stage: str, state: TrainState) -> TrainState:
@@ -273,15 +276,16 @@ class _Trainer:
     def rotate(self, state: TrainState, frontend: Frontend) -> GmmHmm:
         """The model with its projection turned by MLLT, and its means with it."""
         model = state.model
+        mixtures = model.mixtures.to(frontend.device)
 
         def work(chunk: list[str]) -> tuple[Statistics, TransformStatistics]:
             frames, states = frames_of(frontend, chunk), states_of(model.hmm, state.codes, chunk)
-            sums = TransformStatistics(model.mixtures.dim)
-            sums.add(model.mixtures, frames, frames, states)
-            return accumulate(model.mixtures, frames, states), sums
+            sums = TransformStatistics(mixtures.dim)
+            sums.add(mixtures, frames, frames, states)
+            return accumulate(mixtures, frames, states), sums
 
         statistics, sums = Statistics.zero(model.mixtures.num_gaussians, model.mixtures.dim), TransformStatistics(model.mixtures.dim)
-        for own, own_sums in map_threads(work, chunks(state.codes, frontend.store)):
+        for own, own_sums in map_threads(work, chunks(state.codes, frontend.store, chunk_frames(frontend.device))):
             statistics += own
             sums += own_sums
         matrix = from_first_process(mllt(model.mixtures, statistics.over_processes(), sums.over_processes()))
@@ -290,17 +294,19 @@ class _Trainer:
 
     def discriminate(self, hmm: HmmModel, codes: Mapping[str, NDArray[np.int32]]) -> Tensor:
         """LDA of spliced cepstra with the tied speech states as classes."""
+        frontend = replace(self.frontend, device=CPU)
+
         def work(chunk: list[str]) -> tuple[NDArray[np.float64], ...]:
             path = np.concatenate([codes[utt_id] for utt_id in chunk])
             speech = split_codes(path, len(self.phones))[1] != SIL
-            frames = torch.cat([self.frontend.spliced(utt_id) for utt_id in chunk])[torch.from_numpy(speech)]
+            frames = torch.cat([frontend.spliced(utt_id) for utt_id in chunk])[torch.from_numpy(speech)]
             tied = torch.from_numpy(hmm.flat_table[path[speech]].astype(np.int64))
             sums = torch.zeros(hmm.num_states, frames.shape[1]).index_add_(0, tied, frames)
             return np.bincount(tied.numpy(), minlength=hmm.num_states).astype(np.float64), sums.double().numpy(), (frames.T @ frames).double().numpy()
 
         dim = (2 * SPLICE + 1) * NUM_CEPSTRA
         counts, sums, second = np.zeros(hmm.num_states), np.zeros((hmm.num_states, dim)), np.zeros((dim, dim))
-        for part in map_threads(work, chunks(codes, self.frontend.store)):
+        for part in map_threads(work, chunks(codes, frontend.store, chunk_frames(CPU))):
             for whole, own in zip((counts, sums, second), part, strict=True):
                 whole += own
         add_over_processes([torch.from_numpy(whole) for whole in (counts, sums, second)])
@@ -312,6 +318,7 @@ class _Trainer:
 
     def context_statistics(self, frontend: Frontend, codes: Mapping[str, NDArray[np.int32]]) -> ContextStatistics:
         """Moments of the frames of every state in context."""
+        frontend = replace(frontend, device=CPU)
         own_names = np.unique(np.concatenate([np.empty(0, np.int32), *(np.unique(path) for path in codes.values())]))
         names = np.unique(np.concatenate(from_all_processes(own_names)))
 
@@ -322,7 +329,7 @@ class _Trainer:
             return rows, moments
 
         total = torch.zeros(len(names), 1 + 2 * frontend.dim, dtype=torch.float64)
-        for rows, moments in map_threads(work, chunks(codes, frontend.store)):
+        for rows, moments in map_threads(work, chunks(codes, frontend.store, chunk_frames(CPU))):
             total.index_add_(0, torch.from_numpy(rows), moments.double())
         add_over_processes([total])
         return ContextStatistics(names.astype(np.int32), total.numpy())

@@ -42,19 +42,18 @@ class TransformStatistics:
         self.num_frames = 0
 
     def add(self, mixtures: GaussianMixtures, raw: Tensor, frames: Tensor, states: NDArray[np.integer]) -> None:
-        """Add frames (T, D): posteriors from `frames` as adapted so far, sums over `raw`, the unadapted ones."""
+        """Add frames (T, D), on the device of `mixtures`: posteriors from `frames` as adapted so far, sums over `raw`, the unadapted ones."""
         projection = mixtures.projection()
         precisions = 1.0 / mixtures.variances
         weight, target = torch.empty_like(frames), torch.empty_like(frames)
-        for state, rows in rows_by_state(states):
+        for state, rows in rows_by_state(states, frames.device):
             shares, _ = posteriors(mixtures, projection, state, frames[rows])
             span = slice(int(mixtures.offsets[state]), int(mixtures.offsets[state + 1]))
             weight[rows] = shares @ precisions[span]
             target[rows] = shares @ (precisions[span] * mixtures.means[span])
-        extended = torch.cat([raw, torch.ones(len(raw), 1)], 1)
-        self.cross += (target.T @ extended).double().numpy()
-        for i in range(raw.shape[1]):
-            self.outer[i] += ((extended * weight[:, i : i + 1]).T @ extended).double().numpy()
+        extended = torch.cat([raw, raw.new_ones(len(raw), 1)], 1)
+        self.cross += (target.T @ extended).double().cpu().numpy()
+        self.outer += torch.stack([(extended * column).T @ extended for column in weight.T[:, :, None]]).double().cpu().numpy()
         self.num_frames += len(states)
 
     def __iadd__(self, other: TransformStatistics) -> TransformStatistics:

@@ -1,4 +1,4 @@
-"""Viterbi alignment of many utterances at once.
+"""Viterbi alignment of many utterances at once, on a CPU or a GPU.
 
 The states of all utterances of a batch lie side by side in one vector, longest utterance first; a step in time updates the
 prefix of utterances that are not over yet. Every state has itself and one other predecessor; the few states where paths
@@ -8,16 +8,18 @@ meet (word starts, silences) have further predecessors in a padded index.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from asr_kd.hmm.model import STATES_PER_PHONE, HmmModel
 from asr_kd.hmm.topology import EDGE_SILENCE, NO_EDGE_SILENCE, WITH_SILENCE, WITHOUT_SILENCE, AlignmentGraph
 
 FloatArray = NDArray[np.float32]
-_SELF, _FIRST, _FURTHER = 0, 1, 2
+_FURTHER = 2  # a predecessor is named 0 (the state itself), 1 (its source), or this plus a row of the further ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,17 +37,38 @@ class Path:
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """Graphs laid side by side; N states in all, index N is a predecessor that never scores."""
+    """Graphs laid side by side, N states in all; index N is a predecessor that never scores.
+
+    Attributes:
+        offsets, branch_offsets: (utterances + 1,) where each one's states begin, and in `branches` those of them that branch.
+        stay, begin, finish: (N,) log weights.
+        source, move: (N,) the predecessor beside the state itself, and its log weight.
+        branches: (B,) states, in order, that have further ones: `further_source`, `further_move` (W, B).
+        branch_of: (N,) where a state stands in `branches`, 0 where it does not.
+        column: (N,) of the state in the log-likelihoods.
+    """
 
     offsets: NDArray[np.int64]
-    stay: FloatArray
-    source: NDArray[np.int64]
-    move: FloatArray
-    branches: NDArray[np.int64]
-    further_source: NDArray[np.int64]
-    further_move: FloatArray
-    begin: FloatArray
-    finish: FloatArray
+    branch_offsets: NDArray[np.int64]
+    stay: Tensor
+    source: Tensor
+    move: Tensor
+    branches: Tensor
+    further_source: Tensor
+    further_move: Tensor
+    branch_of: Tensor
+    begin: Tensor
+    finish: Tensor
+    column: Tensor
+
+    def to(self, device: torch.device) -> _Batch:
+        return _Batch(self.offsets, self.branch_offsets, *(getattr(self, field.name).to(device) for field in fields(self)[2:]))
+
+    def first(self, utterances: int) -> _Batch:
+        """Views of what the step needs for the first utterances alone."""
+        n, b = int(self.offsets[utterances]), int(self.branch_offsets[utterances])
+        return replace(self, stay=self.stay[:n], source=self.source[:n], move=self.move[:n], column=self.column[:n], branches=self.branches[:b],
+                       further_source=self.further_source[:, :b].contiguous(), further_move=self.further_move[:, :b])
 
 
 def choice_weights(log_silence: float) -> FloatArray:
@@ -57,29 +80,29 @@ def choice_weights(log_silence: float) -> FloatArray:
     return weights
 
 
-def viterbi(graphs: Sequence[AlignmentGraph], hmm: HmmModel, log_likelihoods: Sequence[FloatArray],
-            columns: Sequence[NDArray[np.integer]]) -> list[Path | None]:
-    """The best path of each utterance; None where no path has a finite score.
+def viterbi(graphs: Sequence[AlignmentGraph], hmm: HmmModel, log_likelihoods: Sequence[Tensor], columns: Sequence[NDArray[np.integer]]) -> list[Path | None]:
+    """The best path of each utterance, searched for on the device of `log_likelihoods`; None where no path has a finite score.
 
     Args:
         graphs: one per utterance.
         hmm: gives the transitions.
-        log_likelihoods: per utterance (T, U): log-likelihood of each frame in the U states that its graph uses.
+        log_likelihoods: per utterance (T, U) float32: log-likelihood of each frame in the U states that its graph uses.
         columns: per utterance (J,): the column of each graph state.
     """
     order = sorted(range(len(graphs)), key=lambda u: -len(log_likelihoods[u]))
-    lengths = [len(log_likelihoods[u]) for u in order]
-    batch = _lay_out([graphs[u] for u in order], hmm)
-    emissions, index = _pad([log_likelihoods[u] for u in order], [columns[u] for u in order])
-    scores, back = _forward(batch, emissions, index, lengths)
-    found = _trace_back(batch, scores, back, lengths)
+    tables = [log_likelihoods[u] for u in order]
+    lengths = [len(table) for table in tables]
+    batch = _lay_out([graphs[u] for u in order], [columns[u] for u in order], [table.shape[1] for table in tables], hmm).to(tables[0].device)
+    scores, back = _forward(batch, _pad(tables), lengths)
+    log_probabilities, track = (tensor.cpu().numpy() for tensor in _trace_back(batch, scores, back, lengths))
     paths: list[Path | None] = [None] * len(graphs)
-    for u, path in zip(order, found, strict=True):
-        paths[u] = path
+    for k, u in enumerate(order):
+        if np.isfinite(log_probabilities[k]):
+            paths[u] = Path((track[: lengths[k], k] - batch.offsets[k]).astype(np.int32), float(log_probabilities[k]))
     return paths
 
 
-def _lay_out(graphs: Sequence[AlignmentGraph], hmm: HmmModel) -> _Batch:
+def _lay_out(graphs: Sequence[AlignmentGraph], columns: Sequence[NDArray[np.integer]], widths: Sequence[int], hmm: HmmModel) -> _Batch:
     offsets = np.concatenate([[0], np.cumsum([graph.num_states for graph in graphs])]).astype(np.int64)
     total = int(offsets[-1])
     tied = hmm.flat_table[np.concatenate([graph.codes for graph in graphs])]
@@ -110,86 +133,80 @@ def _lay_out(graphs: Sequence[AlignmentGraph], hmm: HmmModel) -> _Batch:
     further_move = np.full((width, len(branches)), -np.inf, np.float32)
     further_source[rank[rank > 0] - 1, row] = last[rank > 0]
     further_move[rank[rank > 0] - 1, row] = weight[rank > 0]
+    branch_of = np.zeros(total, np.int64)
+    branch_of[branches] = np.arange(len(branches))
     begin = np.full(total, -np.inf, np.float32)
     begin[shifted("start")] = kinds("start_kind")
     finish = np.full(total, -np.inf, np.float32)
     ends = shifted("end") + STATES_PER_PHONE - 1
     finish[ends] = advance[ends] + kinds("end_kind")
-    return _Batch(offsets, hmm.log_self_loop[tied], source, move, branches, further_source, further_move, begin, finish)
+    column = np.concatenate([own + start for own, start in zip(columns, np.cumsum([0, *widths[:-1]]), strict=True)])
+    tensors = (hmm.log_self_loop[tied], source.astype(np.int32), move, branches, further_source.astype(np.int32), further_move, branch_of, begin, finish,
+               column.astype(np.int32))
+    return _Batch(offsets, np.searchsorted(branches, offsets), *map(torch.from_numpy, tensors))
 
 
-def _pad(log_likelihoods: Sequence[FloatArray], columns: Sequence[NDArray[np.integer]]) -> tuple[FloatArray, NDArray[np.int64]]:
-    """Log-likelihoods side by side, (T_max, sum of U), and for each state of the batch its column there."""
-    starts = np.concatenate([[0], np.cumsum([table.shape[1] for table in log_likelihoods])]).astype(np.int64)
-    emissions = np.zeros((len(log_likelihoods[0]), int(starts[-1])), np.float32)
-    for table, start in zip(log_likelihoods, starts[:-1], strict=True):
+def _pad(tables: Sequence[Tensor]) -> Tensor:
+    """Log-likelihoods side by side, (T_max, sum of U)."""
+    emissions = tables[0].new_zeros(len(tables[0]), sum(table.shape[1] for table in tables))
+    start = 0
+    for table in tables:
         emissions[: len(table), start : start + table.shape[1]] = table
-    return emissions, np.concatenate([column + start for column, start in zip(columns, starts[:-1], strict=True)]).astype(np.int64)
+        start += table.shape[1]
+    return emissions
 
 
-def _forward(batch: _Batch, emissions: FloatArray, index: NDArray[np.int64], lengths: list[int]) -> tuple[FloatArray, NDArray[np.uint8]]:
+def _forward(batch: _Batch, emissions: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     """Scores of the states in each utterance's last frame, (N + 1,), and which predecessor won, (T_max, N)."""
     total = len(batch.stay)
-    scores = np.full(total + 1, -np.inf, np.float32)
-    scores[:total] = batch.begin + emissions[0][index]
-    back = np.zeros((len(emissions), total), np.uint8)
-    active = len(lengths)
-    n = total
-    n_branches = len(batch.branches)
+    scores = emissions.new_full((total + 1,), -torch.inf)
+    scores[:total] = batch.begin + emissions[0].index_select(0, batch.column)
+    few = len(batch.further_source) + _FURTHER <= torch.iinfo(torch.uint8).max
+    back = torch.zeros(len(emissions), total, dtype=torch.uint8 if few else torch.int32, device=emissions.device)
+    active = 0
     for t in range(1, len(emissions)):
-        while lengths[active - 1] <= t:
-            active -= 1
-            n = int(batch.offsets[active])
-            n_branches = int(np.searchsorted(batch.branches, n))
-        stay = scores[:n] + batch.stay[:n]
-        best = scores.take(batch.source[:n])
-        best += batch.move[:n]
-        choice = back[t, :n]
-        np.greater(best, stay, out=choice.view(bool))
-        np.maximum(best, stay, out=best)
-        _merge_branches(batch, scores, best, choice, n_branches)
-        best += emissions[t].take(index[:n])
-        scores[:n] = best
+        if not active or lengths[active - 1] <= t:
+            active = sum(length > t for length in lengths)
+            now = batch.first(active)
+            n = len(now.stay)
+            here, stayed = scores[:n], torch.empty_like(now.stay)
+        torch.add(here, now.stay, out=stayed)
+        best = scores.index_select(0, now.source).add_(now.move)
+        winner = back[t, :n].copy_(best > stayed)
+        torch.maximum(best, stayed, out=best)
+        if len(now.branches):
+            _merge_branches(now, scores, best, winner)
+        torch.add(best, emissions[t].index_select(0, now.column), out=here)
     return scores, back
 
 
-def _merge_branches(batch: _Batch, scores: FloatArray, best: FloatArray, choice: NDArray[np.uint8], n_branches: int) -> None:
-    """Let the further predecessors of the first `n_branches` branching states compete; updates `best` and `choice`."""
-    if n_branches == 0:
-        return
-    states = batch.branches[:n_branches]
-    leader, winner = best[states], choice[states]
-    for column in range(len(batch.further_source)):
-        rival = scores.take(batch.further_source[column, :n_branches])
-        rival += batch.further_move[column, :n_branches]
-        better = rival > leader
-        winner[better] = _FURTHER + column
-        np.maximum(leader, rival, out=leader)
-    best[states], choice[states] = leader, winner
+def _merge_branches(batch: _Batch, scores: Tensor, best: Tensor, winner: Tensor) -> None:
+    """Let the further predecessors of branching states compete; updates `best` and `winner`."""
+    rivals = scores.index_select(0, batch.further_source.view(-1)).view_as(batch.further_move)
+    rival, row = (rivals + batch.further_move).max(0)
+    leader = best.index_select(0, batch.branches)
+    chosen = torch.where(rival > leader, row + _FURTHER, winner.index_select(0, batch.branches))
+    winner.index_copy_(0, batch.branches, chosen.to(winner.dtype))
+    best.index_copy_(0, batch.branches, torch.maximum(leader, rival))
 
 
-def _trace_back(batch: _Batch, scores: FloatArray, back: NDArray[np.uint8], lengths: list[int]) -> list[Path | None]:
-    """Best paths by following the winners backwards, all utterances in step."""
+def _trace_back(batch: _Batch, scores: Tensor, back: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """Log-probability of each utterance's best path, and its states, (T_max, utterances), found by following the winners backwards, all in step."""
     final = scores[:-1] + batch.finish
-    spans = list(zip(batch.offsets[:-1], batch.offsets[1:], strict=True))
-    states = np.asarray([start + int(final[start:end].argmax()) for start, end in spans], np.int64)
+    spans = [(int(start), int(end)) for start, end in zip(batch.offsets[:-1], batch.offsets[1:], strict=True)]
+    states = torch.stack([start + final[start:end].argmax() for start, end in spans])
     log_probabilities = final[states]
-    columns = np.full(len(batch.stay), -1, np.int64)
-    columns[batch.branches] = np.arange(len(batch.branches))
-    track = np.zeros((len(back), len(lengths)), np.int64)
+    predecessors = torch.cat([torch.arange(len(batch.stay), device=states.device, dtype=torch.int32)[None], batch.source[None]])
+    track = torch.zeros(len(back), len(lengths), dtype=torch.int64, device=states.device)
     begun = 0
     for t in range(len(back) - 1, -1, -1):
         while begun < len(lengths) and lengths[begun] > t:
             begun += 1
         here = states[:begun]
         track[t, :begun] = here
-        if t == 0:
-            break
-        winner = back[t, here]
-        further = winner >= _FURTHER
-        came = np.where(winner == _SELF, here, batch.source[here])
-        if further.any():
-            came[further] = batch.further_source[winner[further].astype(np.int64) - _FURTHER, columns[here[further]]]
+        winner = back[t].index_select(0, here).long()
+        came = predecessors[winner.clamp(max=1), here]
+        if len(batch.branches):
+            came = torch.where(winner < _FURTHER, came, batch.further_source[(winner - _FURTHER).clamp(min=0), batch.branch_of[here]])
         states[:begun] = came
-    return [Path((track[:length, u] - start).astype(np.int32), float(log_probabilities[u])) if np.isfinite(log_probabilities[u]) else None
-            for u, (length, (start, _)) in enumerate(zip(lengths, spans, strict=True))]
+    return log_probabilities, track

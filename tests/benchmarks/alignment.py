@@ -28,11 +28,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
     parser.add_argument("split")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.25, 0.5, 1.0])
     for name, default in (("num_states", 1200), ("num_gaussians", 10_000), ("mono_passes", 20), ("tri_passes", 12)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options = parser.parse_args(arguments)
-    device = torch.device("cpu")
+    device = torch.device(options.device)
     show(machine(device) | {"limit_gflops": matmul_rate(torch.float32, device, (1, 1000, 78, 1000)) / 1e9})
     lexicon, store = read_lexicon([options.run / "text" / "lexicon.txt"]), FrameStore(options.run / "features" / options.split)
     manifest = read_manifest(options.run / "manifests" / f"{options.split}.csv")
@@ -44,10 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = GmmHmmSettings(num_states=options.num_states, num_gaussians=options.num_gaussians, mono_passes=options.mono_passes,
                                   tri_passes=options.tri_passes)
         start = time.monotonic()
-        aligner = train_gmm_hmm(store, words, speakers, lexicon, settings)
+        aligner = train_gmm_hmm(store, words, speakers, lexicon, settings, device=device)
         trained = time.monotonic()
         with tempfile.TemporaryDirectory() as folder:
-            align(aligner, store, words, speakers, lexicon, folder)
+            align(aligner, store, words, speakers, lexicon, folder, device=device)
         seconds = {"training_s": trained - start, "align_s": time.monotonic() - trained}
         show({"hours": hours, **seconds, "s_per_hour": sum(seconds.values()) / hours, "passes": options.mono_passes + 3 * options.tri_passes,
               "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6})

@@ -2,7 +2,8 @@
 
 Students with sparse and with compact soft targets, ten teachers trained together, extraction by the ten; then the same at the size of mini.yaml. Each
 stands beside the matrix products of the same step alone, measured in the same process. The measured steps run with
-`torch.cuda.set_sync_debug_mode("error")`: one that waits for the device fails. Without a GPU nothing is measured; `--device cpu --tiny`
+`torch.cuda.set_sync_debug_mode("error")`: one that waits for the device fails. Before them a pass of EM and one of Viterbi over made-up speech.
+Without a GPU nothing is measured; `--device cpu --tiny`
 runs every path at a size that means nothing. `--recipe` runs the whole demo on the device beforehand, with 8 minutes of synthetic speech (it needs
 espeakng-loader): nothing is measured but that every stage works there.
 """
@@ -17,11 +18,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from asr_kd.ensemble import Ensemble
 from asr_kd.experiment import DEMO_HPARAMS, run
 from asr_kd.frame_data import FrameData
+from asr_kd.frames import FrameStore, FrameWriter
+from asr_kd.hmm.align import GmmHmm, align_with
+from asr_kd.hmm.corpus import Graphs
+from asr_kd.hmm.em import expect
+from asr_kd.hmm.features import joined
+from asr_kd.hmm.frontend import Frontend
+from asr_kd.hmm.gmm import GaussianMixtures
+from asr_kd.hmm.model import untied_model
+from asr_kd.lexicon import Lexicon
 from asr_kd.model import ModelShape
 from asr_kd.precision import precision_context
 from asr_kd.soft_targets import SoftTargetRecord, extract
@@ -96,6 +107,34 @@ def measurements(size: str, members: int, batch: int, frames: int, duration_s: f
             lambda: extraction(f"{size} extraction, sparse", shape, members, fewer, folder, "sparse")]
 
 
+def alignment(hours: float, gaussians_per_state: int, device: torch.device, folder: Path) -> dict[str, Any]:
+    """Hours of speech per second in a pass of EM and in one of Viterbi with Gaussian mixtures of 120 states, utterances of 12 s and 30 words."""
+    rng = np.random.default_rng(0)
+    phones = ("SIL", *(f"P{number}" for number in range(39)))
+    lexicon = Lexicon({f"W{word}": (tuple(rng.choice(phones[1:], 5).tolist()),) for word in range(200)})
+    with FrameWriter(folder / "features", (40,), np.float16) as writer:
+        for number in range(max(2, round(hours * 300))):
+            writer.append(f"u{number}", rng.standard_normal((1200, 40)).astype(np.float16))
+    store = joined(FrameStore(folder / "features"))
+    words = {f"u{number}": tuple(rng.choice(list(lexicon), 30).tolist()) for number in range(max(2, round(hours * 300)))}
+    hmm, size = untied_model(phones), gaussians_per_state
+    means = torch.randn(hmm.num_states * size, 39, generator=torch.Generator().manual_seed(0))
+    mixtures = GaussianMixtures(torch.full((len(means),), 1 / size), means, torch.ones_like(means), np.arange(0, len(means) + 1, size))
+    model, graphs = GmmHmm(hmm, mixtures), Graphs(words, lexicon, phones)
+    frontend = Frontend.of(store, dict.fromkeys(words, "s"), list(words), device)
+    seconds = {}
+    with precision_context("fp32", device):
+        for name in ("first", "viterbi"):  # the first time graphs are built as well
+            start = now(device)
+            found = align_with(model, frontend, graphs, list(words))
+            seconds[name] = now(device) - start
+        start = now(device)
+        expect(model, frontend, {utt_id: own.codes for utt_id, own in found.items() if own is not None})
+        seconds["em"] = now(device) - start
+    return {"what": "alignment", "states": hmm.num_states, "gaussians": len(means), "hours": len(words) / 300,
+            **{f"{name}_hours_per_s": len(words) / 300 / seconds[name] for name in ("viterbi", "em")}} | peak_gb(device)
+
+
 def recipe(device: torch.device) -> dict[str, Any]:
     """Minutes that the demo takes on the device at a small size."""
     start = time.monotonic()
@@ -132,6 +171,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     show(machine(device))
     if options.recipe:
         show(recipe(device))
+    with tempfile.TemporaryDirectory() as folder:
+        show(alignment(*((0.005, 2) if options.tiny else (4.0, 64)), device, Path(folder)))
     for size in ("tiny",) if options.tiny else ("paper", "mini"):
         with tempfile.TemporaryDirectory() as folder:
             for measurement in measurements(size, options.members, batch, frames, duration_s, device, Path(folder)):
