@@ -1,14 +1,14 @@
 """A GPU that is none: tensors say that they are on "cuda:0" and are computed on the CPU, so that tests see where a tensor was left behind.
 
 Operations that mix tensors of both places raise, as on a real GPU; an index that lies on the CPU does so too, where PyTorch would copy it.
-Holds for the thread that entered `pretend_gpu` alone, and without gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -56,6 +56,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     result = func(*inner_args, **inner_kwargs)
     changed = [argument for argument, schema in zip(args, func._schema.arguments, strict=False) if schema.is_write]
     changed += [kwargs[schema.name] for schema in func._schema.arguments if schema.is_write and schema.name in kwargs]
+    if not func._schema.returns:
+        return None
     if changed:
         return changed[0] if len(changed) == 1 else tuple(changed)
     return tree_map_only(Tensor, PretendGpuTensor, result) if result_on_gpu else result
@@ -64,10 +66,29 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 class _Mode(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.device or not any(map(_is_gpu, (*args, kwargs.get("device")))):
+        if func is Tensor.tolist and isinstance(args[0], PretendGpuTensor):
+            return args[0].inner.tolist()
+        if func is Tensor.__setitem__ and isinstance(args[0], PretendGpuTensor) and not isinstance(args[2], Tensor):  # else a number becomes one of "meta"
+            args = (args[0], args[1], PretendGpuTensor(torch.tensor(args[2], dtype=args[0].dtype)))
+        if not any(map(_is_gpu, (*args, kwargs.get("device")))):
             return func(*args, **kwargs)
-        there = func(*(CPU if _is_gpu(argument) else argument for argument in args), **(kwargs | ({"device": CPU} if "device" in kwargs else {})))
-        return PretendGpuTensor(there)
+        here = func(*(CPU if _is_gpu(argument) else argument for argument in args), **(kwargs | ({"device": CPU} if "device" in kwargs else {})))
+        return PretendGpuTensor(here) if isinstance(here, Tensor) else func(*args, **kwargs)
+
+
+class _Generator(torch.Generator):
+    """One that says where its tensors are; the numbers are the CPU's."""
+
+    def __new__(cls, device: torch.device | str = "cpu") -> _Generator:
+        made = super().__new__(cls, "cpu")
+        made.place = torch.device(device)
+        return made
+
+    place: torch.device
+
+    @property
+    def device(self) -> torch.device:
+        return self.place
 
 
 def _is_gpu(argument: object) -> bool:
@@ -76,6 +97,14 @@ def _is_gpu(argument: object) -> bool:
 
 @contextmanager
 def pretend_gpu() -> Iterator[torch.device]:
-    """Inside, `device="cuda"` works in this thread."""
-    with torch.no_grad(), _Mode():
+    """Inside, `device="cuda"` works. This package's threads become this one, for they would not know of it, and Triton's kernels stay out."""
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch("torch.Generator", _Generator))
+        stack.enter_context(mock.patch("torch.cuda.get_device_name", return_value="a GPU that is none"))
+        stack.enter_context(mock.patch("asr_kd.hmm.corpus.num_threads", return_value=1))
+        stack.enter_context(mock.patch("asr_kd.training.load_ahead", lambda loads: (load() for load in loads)))
+        stack.enter_context(mock.patch("asr_kd.losses.FUSED_DEVICES", ()))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)  # operations are small here
+        stack.enter_context(_Mode())
         yield GPU

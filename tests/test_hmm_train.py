@@ -121,9 +121,7 @@ def test_boundary_models_move_boundaries_only(trained: tuple[Aligner, Path], tmp
     assert narrow < 0.5 < spliced
 
 
-def test_training_and_alignment_leave_nothing_on_the_cpu_that_belongs_on_the_gpu(made: Made, trained: tuple[Aligner, Path], tmp_path: Path,
-                                                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("asr_kd.hmm.corpus.num_threads", lambda: 1)
+def test_training_and_alignment_leave_nothing_on_the_cpu_that_belongs_on_the_gpu(made: Made, trained: tuple[Aligner, Path], tmp_path: Path) -> None:
     store, words, speakers, _ = made
     with pretend_gpu() as gpu:
         aligner = train_gmm_hmm(store, words, speakers, LEXICON, SETTINGS, folder=tmp_path / "passes", device=gpu)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pretend_gpu import pretend_gpu
 
+from asr_kd import experiment
 from asr_kd.bundle import load_bundle, transcribe
 from asr_kd.decode import read_trn
 from asr_kd.ensemble import Ensemble
@@ -132,6 +135,23 @@ def test_a_second_run_does_nothing_again(finished: Path) -> None:
     again = run(finished)
     assert again.returncode == 0, again.stderr[-2000:]
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("record.json")} == before
+
+
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda', but CUDA is not available")
+def test_the_whole_recipe_on_a_gpu_gives_the_same(finished: Path, tmp_path: Path) -> None:
+    """On one that is pretended: every tensor is where it belongs in every stage, and batches of other sizes change nothing."""
+    output = tmp_path / "out"
+    shutil.copytree(finished / "corpus", output / "corpus")
+    settings = [word for key, value in TINY.items() for word in (f"--{key}", value)]
+    with pretend_gpu():
+        experiment.run(str(DEMO), ["--output_folder", str(output), "--device", "cuda", *settings])
+    for split in ("train", "dev", "test"):
+        expected = FrameStore(finished / "targets" / split)
+        found = FrameStore(output / "targets" / split)
+        assert np.mean(np.concatenate([found[utt_id] != expected[utt_id] for utt_id in expected])) < 1e-3
+    there, here = (read_json(folder / "results.json")["splits"]["test"] for folder in (output, finished))
+    for system in ("baseline", "ensemble", "distilled", "control"):
+        assert there[system]["frame_accuracy"] == pytest.approx(here[system]["frame_accuracy"], abs=0.01)
 
 
 def test_kill_in_every_stage_loses_nothing(finished: Path, tmp_path: Path) -> None:
