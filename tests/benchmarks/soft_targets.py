@@ -170,7 +170,7 @@ def student_accuracy(data: FrameData, dev: FrameData, shape: ModelShape, soft_ta
                      options: argparse.Namespace) -> float:
     """Frame accuracy on `dev` after training as long as the options say."""
     settings = TrainingSettings(ScheduleSettings(options.learning_rate, options.epochs, halve_below=-1.0), options.batch, evaluations_per_epoch=1,
-                                heldout_frames=options.dev_frames, precision="fp32", temperature=temperature)
+                                heldout_frames=options.dev_frames, precision=options.precision, temperature=temperature)
     student = Ensemble(shape, [seed])
     student.set_input_statistics(*input_statistics(data, options.num_features, 0))
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
@@ -198,7 +198,7 @@ def corpus(options: argparse.Namespace) -> dict[str, Any]:
     teachers = Ensemble(shape, range(1000, 1000 + options.teachers))
     teachers.set_input_statistics(*input_statistics(data, options.num_features, 0))
     settings = TrainingSettings(ScheduleSettings(options.learning_rate, options.teacher_epochs, halve_below=-1.0), options.batch, evaluations_per_epoch=1,
-                                heldout_frames=options.dev_frames, precision="fp32")
+                                heldout_frames=options.dev_frames, precision=options.precision)
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         members = train(teachers, data, dev, folder, settings, seed=1000).curves[-1]["heldout_accuracy"]
     control = student_accuracy(data, dev, shape, None, 1.0, options.seeds[0], options)
@@ -219,10 +219,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "speed": {"run": speed, "states": 1200, "hidden_layers": 4, "hidden_units": 512, "batch": 1024, "frames": 100_000,
                   "bytes_per_frame": 128, "precision": "auto"},
         "simulation": {"run": simulation, "states": 14_000, "num_features": 24, "group_scale": 0.9, "state_scale": 0.7, "frames": 200_000, "dev_frames": 20_000,
-                       "hidden_layers": 2, "hidden_units": 128, "epochs": 3.0, "batch": 256, "learning_rate": 2e-3, "bytes_per_frame": 128},
+                       "hidden_layers": 2, "hidden_units": 128, "epochs": 3.0, "batch": 256, "learning_rate": 2e-3, "bytes_per_frame": 128, "precision": "auto"},
         "corpus": {"run": corpus, "num_features": 40, "frames": 500_000, "dev_frames": 100_000, "teachers": 3,
                    "hidden_layers": 2, "hidden_units": 256, "teacher_epochs": 3.0,
-                   "epochs": 5.0, "batch": 512, "learning_rate": 1e-3, "bytes_per_frame": 128},
+                   "epochs": 5.0, "batch": 512, "learning_rate": 1e-3, "bytes_per_frame": 128, "precision": "auto"},
     }
     for name, values in defaults.items():
         mode = modes.add_parser(name)
