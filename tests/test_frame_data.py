@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pretend_gpu import pretend_gpu
 from test_training import FEATURES, LEFT, NUM_STATES, RIGHT, SETTINGS, SHAPE, make_data
 
 from asr_kd import training
@@ -16,7 +17,7 @@ from asr_kd.ensemble import Ensemble
 from asr_kd.errors import AsrKdError
 from asr_kd.frame_data import FrameData, StreamedFrames, epoch_frames, input_statistics, load_ahead, load_frame_data
 from asr_kd.frames import FrameStore, FrameWriter
-from asr_kd.soft_targets import OnTheFlyTargets, SoftTargetRecord, SoftTargetStore, extract
+from asr_kd.soft_targets import Form, OnTheFlyTargets, SoftTargetRecord, SoftTargetStore, extract
 from asr_kd.training import train
 
 UTT_IDS = tuple(f"u{number:02d}" for number in range(20))
@@ -28,8 +29,9 @@ def data(tmp_path: Path) -> FrameData:
     return make_data(tmp_path, 1, UTT_IDS)
 
 
-def streamed(folder: Path, utt_ids: tuple[str, ...] = UTT_IDS, chunk_frames: int = 200, part_frames: int = 600) -> StreamedFrames:
-    return StreamedFrames(FrameStore(folder / "features"), FrameStore(folder / "targets"), utt_ids, LEFT, RIGHT, CPU,
+def streamed(folder: Path, utt_ids: tuple[str, ...] = UTT_IDS, chunk_frames: int = 200, part_frames: int = 600,
+             device: torch.device = CPU) -> StreamedFrames:
+    return StreamedFrames(FrameStore(folder / "features"), FrameStore(folder / "targets"), utt_ids, LEFT, RIGHT, device,
                           chunk_frames=chunk_frames, part_frames=part_frames)
 
 
@@ -169,6 +171,40 @@ def test_a_store_in_parts_gives_the_targets_of_the_whole(data: FrameData, tmp_pa
     part, frames = streamed(tmp_path).parts(7, 0, "one")[1].load()
     own = [100 * UTT_IDS.index(utt_id) + frame for utt_id in part.utt_ids for frame in range(100)]
     assert torch.equal(store.of(part).batch(frames), store.batch(torch.tensor(own)[frames]))
+
+
+def test_the_loading_thread_uses_the_gpu_of_the_thread_that_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[tuple[int, int]] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append((threading.get_ident(), device)))
+    loading = set(load_ahead([threading.get_ident, threading.get_ident]))
+    assert chosen == [(loading.pop(), 3)]
+    assert threading.get_ident() not in loading
+
+
+@pytest.mark.parametrize("form", ["compact", "sparse"])
+def test_streamed_training_on_a_gpu_gives_the_same_and_holds_targets_of_parts_alone(data: FrameData, tmp_path: Path, form: Form) -> None:
+    record = SoftTargetRecord(2.0, "arithmetic", NUM_STATES, "t", "f", "s")
+    extract(Ensemble(SHAPE, [1, 2]), data, tmp_path / "soft", record, seed=0, device=CPU, form=form, bytes_per_frame=16)
+    make_data(tmp_path / "heldout", 2, ("x", "y", "z"))
+
+    def trained(device: torch.device) -> tuple[Ensemble, SoftTargetStore]:
+        source = streamed(tmp_path, device=device)
+        heldout = load_frame_data(FrameStore(tmp_path / "heldout" / "features"), FrameStore(tmp_path / "heldout" / "targets"), "xyz", LEFT, RIGHT, device)
+        store, student = SoftTargetStore(tmp_path / "soft", source, record, device), Ensemble(SHAPE, [3]).to(device)
+        train(student, source, heldout, tmp_path / device.type, SETTINGS, seed=7, soft_targets=store)
+        return student.cpu(), store
+
+    with pretend_gpu() as gpu:
+        there, store = trained(gpu)
+        assert store._records is None  # never those of the whole corpus
+        part = store.of(streamed(tmp_path, device=gpu).parts(7, 0, "one")[0].load()[0])
+        assert part._records is not None
+        assert part._records.device == gpu
+    here, _ = trained(CPU)
+    for one, other in zip(there.parameters(), here.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
 
 
 def test_wrong_state_ids_and_missing_targets_are_named(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from asr_kd import networks
+from asr_kd import networks, results
+from asr_kd.corpus import Corpus
 from asr_kd.ensemble import Ensemble
 from asr_kd.features import Windows
 from asr_kd.frame_data import FrameData
@@ -17,6 +18,7 @@ from asr_kd.frames import FrameStore, FrameWriter
 from asr_kd.model import ModelShape
 from asr_kd.networks import NETWORKS, TrainingData, network_shape, train_networks
 from asr_kd.settings import Settings, make_settings
+from asr_kd.stage import write_json
 from asr_kd.training import TrainingResult
 
 TINY: dict[str, Any] = {"synthetic_minutes": {"train": 1}, "hidden_layers": 1, "hidden_units": 8, "num_mels": 4, "left_context": 0, "right_context": 0,
@@ -54,6 +56,12 @@ def test_a_teacher_without_any_training_is_left_out(data: TrainingData, tmp_path
     fresh = Ensemble(left.shape, [1, 3])
     assert [torch.equal(one, other) for one, other in zip(left.weights, fresh.weights, strict=True)] == [True, True]
     assert "1 of 3 networks diverged at once and are left out" in caplog.text
+
+
+def test_the_report_lists_teachers_that_diverged(tmp_path: Path) -> None:
+    write_json(tmp_path / "teachers" / "training.json", {"diverged": {1: 70}})
+    settings = make_settings(TINY | {"output_folder": str(tmp_path)})
+    assert results._exclusions(settings, Corpus({}, [], [], [], tmp_path, "")) == {"teachers": {"member 2: loss not finite at step 70, trained no further": 1}}
 
 
 def test_only_soft_targets_change_the_students_dropout() -> None:

@@ -90,16 +90,20 @@ def test_frame_accuracy_by_the_slow_way(finished: Path) -> None:
     targets, features = (FrameStore(finished / folder / "test") for folder in ("targets", "features"))
     teachers = Ensemble.load(finished / "teachers" / "networks.safetensors")
     correct = frames = 0
+    nll = 0.0  # of the members, each alone
     import torch
 
     for utt_id in targets:
         log_mel = np.asarray(features[utt_id], np.float32)
         windows = np.stack([np.concatenate([log_mel[min(max(t + k, 0), len(log_mel) - 1)] for k in range(-20, 6)]) for t in range(len(log_mel))])
         with torch.no_grad():
-            posteriors = sum(teachers.member(k).eval()(torch.from_numpy(windows)).softmax(-1) for k in range(3))
+            of_members = torch.stack([teachers.member(k).eval()(torch.from_numpy(windows)).softmax(-1) for k in range(3)])
+        nll -= float(of_members[:, torch.arange(len(log_mel)), torch.from_numpy(targets[utt_id].astype(np.int64))].log().mean(0).sum())
+        posteriors = of_members.sum(0)
         correct += int((posteriors.argmax(-1).numpy() == targets[utt_id]).sum())
         frames += len(log_mel)
     assert read_json(finished / "results.json")["splits"]["test"]["ensemble"]["frame_accuracy"] == pytest.approx(correct / frames, abs=2e-4)
+    assert read_json(finished / "results.json")["calibration"]["test"]["baseline"]["nll"] == pytest.approx(nll / frames, rel=1e-4)
 
 
 def test_tuning_speakers_are_in_no_training(finished: Path) -> None:

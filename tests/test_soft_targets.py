@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from pretend_gpu import pretend_gpu
 from torch import Tensor
 
 from asr_kd import resumable_frames, soft_targets
@@ -36,7 +37,7 @@ class Windows:
         self.inputs = inputs
 
     def gather(self, frame_indices: Tensor) -> Tensor:
-        return self.inputs[frame_indices]
+        return self.inputs[frame_indices.to(self.inputs.device)]
 
 
 @dataclass(frozen=True)
@@ -206,6 +207,32 @@ def test_compact_store_is_close_to_the_direct_computation(tmp_path: Path, monkey
     difference = (found - direct(FRAMES)).abs().sum(1)
     assert float(difference.mean()) < 0.05
     torch.testing.assert_close(found.sum(1), torch.ones(100), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("form", ["dense", "compact", "sparse"])
+def test_extraction_on_a_gpu_writes_the_same_in_passes_of_its_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: soft_targets.Form) -> None:
+    monkeypatch.setattr(soft_targets, "FRAMES_AT_ONCE", {"cpu": 9, "cuda": 30})
+    monkeypatch.setattr(soft_targets, "LOGITS_AT_ONCE", {"cpu": 2**20, "cuda": 3 * NUM_STATES * 20})
+    here, passes = numbered(LENGTHS), []
+
+    class Counting(Teachers):
+        def __call__(self, inputs: Tensor, /) -> Tensor:
+            passes.append(len(inputs))
+            return super().__call__(inputs)
+
+    extract(Counting(), here, tmp_path / "here", RECORD, seed=0, device=CPU, form=form, bytes_per_frame=32)
+    assert max(passes) == 9
+    passes.clear()
+    with pretend_gpu() as gpu:
+        teachers, there = Counting(), replace(here, windows=Windows(here.windows.inputs.to(gpu)))
+        teachers.weight = teachers.weight.to(gpu)
+        extract(teachers, there, tmp_path / "there", RECORD, seed=0, device=gpu, form=form, bytes_per_frame=32)
+        assert max(passes) == 20  # fewer than 30 for their logits
+        frames = torch.tensor([3, 99, 50], device=gpu)
+        found = SoftTargetStore(tmp_path / "there", there, RECORD, gpu).batch(frames)
+        posteriors = (found.dense(NUM_STATES) if isinstance(found, SparseTargets) else found).cpu()
+    expected = SoftTargetStore(tmp_path / "here", here, RECORD, CPU).batch(torch.tensor([3, 99, 50]))
+    assert torch.allclose(posteriors, expected.dense(NUM_STATES) if isinstance(expected, SparseTargets) else expected, atol=1e-4)
 
 
 def test_sparse_store_holds_records_of_the_given_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
