@@ -2,12 +2,14 @@
 
 import itertools
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from pretend_gpu import pretend_gpu
 
 from asr_kd.errors import AsrKdError
@@ -18,7 +20,10 @@ from asr_kd.hmm.corpus import Graphs, chunks, viterbi_batches
 from asr_kd.hmm.features import joined
 from asr_kd.hmm.frontend import Frontend, add_deltas, dct_matrix, splice
 from asr_kd.hmm.model import EDGE, SIL, HmmModel, context_codes, untied_model
+from asr_kd.hmm.topology import AlignmentGraph
 from asr_kd.hmm.train import GmmHmmSettings, quiet_edges, schedule, train_gmm_hmm
+from asr_kd.hmm.viterbi import Path as BestPath
+from asr_kd.hmm.viterbi import viterbi as best_paths
 from asr_kd.lexicon import Lexicon
 from asr_kd.manifest import Exclusion
 
@@ -121,14 +126,24 @@ def test_boundary_models_move_boundaries_only(trained: tuple[Aligner, Path], tmp
     assert narrow < 0.5 < spliced
 
 
-def test_training_and_alignment_leave_nothing_on_the_cpu_that_belongs_on_the_gpu(made: Made, trained: tuple[Aligner, Path], tmp_path: Path) -> None:
+def test_training_and_alignment_leave_nothing_on_the_cpu_that_belongs_on_the_gpu(made: Made, trained: tuple[Aligner, Path], tmp_path: Path,
+                                                                                monkeypatch: pytest.MonkeyPatch) -> None:
     store, words, speakers, _ = made
+    searched: list[str] = []
+
+    def viterbi(graphs: Sequence[AlignmentGraph], hmm: HmmModel, tables: Sequence[torch.Tensor],
+                columns: Sequence[NDArray[np.integer]]) -> list[BestPath | None]:
+        searched.extend(table.device.type for table in tables)
+        return best_paths(graphs, hmm, tables, columns)
+
+    monkeypatch.setattr("asr_kd.hmm.corpus.viterbi", viterbi)
     with pretend_gpu() as gpu:
         aligner = train_gmm_hmm(store, words, speakers, LEXICON, SETTINGS, folder=tmp_path / "passes", device=gpu)
         aligner.save(tmp_path / "aligner")
         assert align(aligner, store, words, speakers, LEXICON, tmp_path / "on_gpu", device="cuda") == []
         uniform = np.zeros((store.length("utt000"), aligner.hmm.num_states), np.float32)
         align_with_network(aligner.hmm, lambda _: uniform, store, {"utt000": words["utt000"]}, LEXICON, tmp_path / "network", device="cuda")
+    assert set(searched) == {"cuda"}
     assert np.array_equal(aligner.hmm.state_table, trained[0].hmm.state_table)
     assert aligner.adapted is not None
     assert trained[0].adapted is not None

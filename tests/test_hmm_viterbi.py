@@ -160,6 +160,20 @@ def test_hand_worked_pronunciation_variant() -> None:
     assert centre[path.states].tolist() == [C] * 6
 
 
+@pytest.mark.parametrize("said", [A, B, C])
+def test_hand_worked_silence_with_many_predecessors(said: int) -> None:
+    """A word of three pronunciations, a pause, another word: silence is reached from three ends."""
+    graph = build_alignment_graph([[(A,), (B,), (C,)], [(A,), (B,), (C,)]], NUM_PHONES)
+    hmm = random_hmm(np.random.default_rng(4))
+    _, centre, _, _ = split_codes(graph.codes, NUM_PHONES)
+    for second in (A, B, C):
+        sounds = [said] * 4 + [SIL] * 3 + [second] * 5
+        table = np.where(np.asarray(sounds)[:, None] == centre[None, :], 0.0, -50.0).astype(np.float32)
+        path = viterbi([graph], hmm, [torch.from_numpy(table)], [np.arange(graph.num_states)])[0]
+        assert path is not None
+        assert centre[path.states].tolist() == sounds
+
+
 def test_contexts_at_sentence_edges_are_zero() -> None:
     graph = build_alignment_graph([[(A, B)]], NUM_PHONES)
     left, centre, right, _ = split_codes(graph.codes[::3], NUM_PHONES)
