@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from asr_kd import __version__
+from asr_kd.compact_targets import LAYOUT
 from asr_kd.corpus import Corpus
 from asr_kd.distributed import by_first_process, from_first_process, rank
 from asr_kd.ensemble import Ensemble
@@ -137,5 +138,6 @@ def prepare_soft_targets(folder: Path, settings: Settings, data: TrainingData, t
         extract(teachers, data.train, folder, wanted, seed=settings.seed, device=device, form=settings.soft_targets,  # type: ignore[arg-type]
                 precision=from_first_process(choose_precision(settings.precision, device, shape)))
 
-    record = run_stage("soft_targets", folder, {"form": settings.soft_targets, "seed": settings.seed, **asdict(wanted)}, data.inputs, work, together=True)
+    choices = {"form": settings.soft_targets, "seed": settings.seed, **asdict(wanted)} | ({"layout": LAYOUT} if settings.soft_targets == "compact" else {})
+    record = run_stage("soft_targets", folder, choices, data.inputs, work, together=True)
     return SoftTargetStore(folder, data.train, wanted, device), record

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from asr_kd import sparse_targets
-from asr_kd.compact_targets import TailDirections, check_compact_size, find_tail_directions
+from asr_kd.compact_targets import CompactCode, check_compact_size, find_compact_code
 from asr_kd.distributed import by_first_process, rank, total_over_processes, world_size
 from asr_kd.errors import AsrKdError
 from asr_kd.frames import FrameStore
@@ -39,9 +39,9 @@ from asr_kd.resumable_frames import PROGRESS, ResumableFrameWriter
 Form = Literal["dense", "compact", "sparse"]
 Encoder = Callable[[Tensor, Tensor], Tensor]  # posteriors (n, S), uniform numbers (n, 2) -> stored frames (n, width)
 
-DIRECTIONS = "directions.safetensors"
-SAMPLE_FRAMES = 8192  # frames that the compact form's directions are found from,
-SAMPLE_ELEMENTS = 2**25  # and at most so many probabilities
+COMPACT_CODE = "compact.safetensors"
+SAMPLE_FRAMES = 8192  # frames that the compact form's code is found from,
+SAMPLE_ELEMENTS = 2**26  # and at most so many probabilities
 # Teachers x frames x states in one forward pass, and at most so many frames: 256 MB in float32 on a CPU, where more frames are no faster; 2 GB
 # in bfloat16 on a GPU, since every pass rounds all weights anew
 LOGITS_AT_ONCE = {"cpu": 2**26, "cuda": 2**30}
@@ -167,7 +167,7 @@ class SoftTargetStore:
         self.form: object = self._shards[0].attributes["form"]
         self.bytes_per_frame = self._shards[0].frames.dtype.itemsize * self._shards[0].frames.shape[1]
         self._device = device
-        self._directions = TailDirections.load(Path(folder) / DIRECTIONS).to(device) if self.form == "compact" else None
+        self._code = CompactCode.load(Path(folder) / COMPACT_CODE).to(device) if self.form == "compact" else None
         self._shard_of = {utt_id: number for number, shard in enumerate(self._shards) for utt_id in shard}
         self._number(frames, on_device=device.type != "cpu" and self.form != "dense")
 
@@ -201,8 +201,8 @@ class SoftTargetStore:
         if self._on_device and self._records is None:  # not before: streamed training asks only for parts of the frames
             self._load()
         stored = self._read(frame_indices) if self._records is None else self._records[frame_indices]
-        if self._directions is not None:
-            return self._directions.decode(stored)
+        if self._code is not None:
+            return self._code.decode(stored)
         if self.form == "sparse":
             return sparse_targets.decode(stored)
         posteriors = stored.float()
@@ -301,12 +301,12 @@ def _encoder(teachers: Teachers, frames: NumberedFrames, record: SoftTargetRecor
         num_frames = min(SAMPLE_FRAMES, SAMPLE_ELEMENTS // record.num_states)
         sample = torch.randint(int(frames.offsets[-1]), (num_frames,), generator=generator)
         posteriors = torch.cat([part for _, part in _teacher_posteriors(teachers, frames, sample, record, device)])
-        find_tail_directions(posteriors, bytes_per_frame, generator).save(folder / DIRECTIONS)
+        find_compact_code(posteriors, bytes_per_frame, generator).save(folder / COMPACT_CODE)
 
     if not has_begun:
         by_first_process(find)
-    directions = TailDirections.load(folder / DIRECTIONS).to(device)
-    return lambda posteriors, uniforms: directions.encode(posteriors)
+    code = CompactCode.load(folder / COMPACT_CODE).to(device)
+    return lambda posteriors, uniforms: code.encode(posteriors)
 
 
 def _teacher_posteriors(teachers: Teachers, frames: NumberedFrames, frame_indices: Tensor, record: SoftTargetRecord,

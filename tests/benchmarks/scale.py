@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from asr_kd.compact_targets import find_tail_directions
+from asr_kd.compact_targets import find_compact_code
 from asr_kd.ensemble import Ensemble
 from asr_kd.frame_data import StreamedFrames
 from asr_kd.frames import FRAMES, INDEX, FrameStore
 from asr_kd.model import ModelShape
 from asr_kd.precision import precision_context
 from asr_kd.schedule import ScheduleSettings
-from asr_kd.soft_targets import DIRECTIONS, SoftTargetRecord, SoftTargetStore
+from asr_kd.soft_targets import COMPACT_CODE, SoftTargetRecord, SoftTargetStore
 from asr_kd.stage import write_json
 from asr_kd.training import TrainingSettings, _Trainer
 from tests.benchmarks.measure import UTTERANCE_FRAMES, best_s, machine, made_up_frames, products_s, show
@@ -65,7 +65,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     targets = sparse_store(folder / "targets", utterances, (), "<i4", {})
     sparse_store(folder / "soft", utterances, (64,), "<i2", attributes)
     posteriors = torch.randn(2000, RECORD.num_states, generator=torch.Generator().manual_seed(0)).softmax(1)
-    find_tail_directions(posteriors, 128, torch.Generator().manual_seed(0)).save(folder / "soft" / DIRECTIONS)
+    find_compact_code(posteriors, 128, torch.Generator().manual_seed(0)).save(folder / "soft" / COMPACT_CODE)
     data = StreamedFrames(features, targets, features.utt_ids, 20, 5, CPU, part_frames=options.part_frames)
     soft_targets = SoftTargetStore(folder / "soft", data, RECORD, CPU)
     heldout = made_up_frames(folder / "heldout", shape, 2400, CPU, seed=1)
