@@ -158,12 +158,18 @@ def stored(teachers: Teachers, frames: NumberedFrames, folder: Path, record: Sof
 
 
 def noise(dense: SoftTargets, other: SoftTargets, num_states: int) -> dict[str, float]:
-    """Mean squared distance per frame to the dense targets, and of the mean over 2000 frames (what stays when frames are averaged: bias)."""
+    """Mean squared distance per frame to the dense targets, and of the mean over 2000 frames (what stays when frames are averaged: bias).
+
+    Of forms that give every state something also the mean Kullback-Leibler divergence from the dense targets, nats.
+    """
     batch = torch.arange(2000)
     reference, found = dense.batch(batch), other.batch(batch)
     assert isinstance(reference, Tensor)
     error = (found.dense(num_states) if isinstance(found, SparseTargets) else found) - reference
-    return {"squared_error": float(error.square().sum(1).mean()), "squared_error_of_mean": float(error.mean(0).square().sum())}
+    divergence = {}
+    if isinstance(found, Tensor):
+        divergence["divergence"] = float((torch.xlogy(reference, reference) - torch.xlogy(reference, found)).sum(1).mean())
+    return {"squared_error": float(error.square().sum(1).mean()), "squared_error_of_mean": float(error.mean(0).square().sum()), **divergence}
 
 
 def student_accuracy(data: FrameData, dev: FrameData, shape: ModelShape, soft_targets: SoftTargets | None, temperature: float, seed: int,
