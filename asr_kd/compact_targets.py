@@ -2,26 +2,30 @@
 
 The logarithms of a network's posteriors over all states, seen over many frames, vary in far fewer directions than there are states:
 states of the same phone rise and fall together. So a frame is described by its coordinates in the leading principal directions of
-log p, the first of them in a byte each, the many others in half a byte. The entries that this description gets most wrong are kept
-beside it as they are, and the others are scaled to the mass that these leave.
+log p: the first of them in 8 bits each, many in 4, the last in 2, for what is lost by leaving out directions is more than what is lost
+by rounding. The entries that this description gets most wrong are kept beside it as they are, and the others are scaled to the mass
+that these leave.
 
 Unlike a sample of the tail (`asr_kd.sparse_targets`) this is not unbiased, but its error is small at every temperature. That error is
 the same in every epoch, so a student learns it: what counts is how much of log p is lost, not the squared error of p. (With 64
-directions of a byte each, students at T = 5 lost 0.34 % frame accuracy, at a squared error per frame of 2e-5.) How many directions
-and how many entries there are, and how finely the coordinates are told apart, is found from a sample of frames.
-`python -m tests.benchmarks soft_targets` measures errors, and students' frame accuracy, on any corpus.
+directions of 8 bits each, students at T = 5 lost 0.34 % frame accuracy, at a squared error per frame of 2e-5.) How many coordinates
+have how many bits, and how many entries there are, is found from a sample of frames. `python -m tests.benchmarks soft_targets`
+measures errors, and students' frame accuracy, on any corpus.
 
-A record is `bytes_per_frame // 2` words of 16 bits: fine coordinates, one byte each | coarse ones, two to a byte | ids of the entries that
-are kept | their probabilities in 1/65535.
+A record is `bytes_per_frame // 2` words of 16 bits: the coordinates of 8, 4 and 2 bits, the latter two or four to a byte | ids of the entries
+that are kept | their probabilities in 1/65535.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -33,9 +37,9 @@ LAYOUT = 2
 """Records of another number are not read."""
 SMALLEST_RECORD_BYTES = 16
 FLOOR = 1e-3  # probabilities below this share of uniform ones are not told apart: together they hold at most this mass
-FINE_RANGE = 127
-COARSE_LEVELS = 16
-COARSE_STEPS = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)  # of a standard deviation; the best for a Gaussian is 0.335
+BITS = (8, 4, 2)
+GAUSSIAN_STEPS = {8: 0.0308, 4: 0.3352, 2: 0.9957}  # of a standard deviation: uniform quantisers of least squared error (Max 1960)
+STEP_FACTORS = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0)  # coordinates are no Gaussians
 EXACT_SHARES = (0.125, 0.25, 0.375, 0.5)  # of a record for entries as they are: which is best depends on the temperature
 TESTED_FRAMES = 1024  # of the sample, at most an eighth: these are not learnt from but choose that share
 OVERSAMPLED = 16
@@ -50,19 +54,19 @@ class CompactCode:
         mean: (S,) of log p.
         directions: (S, R), orthonormal columns.
         steps: (R,) unit of each coordinate.
-        num_fine: coordinates of a byte, the first ones; the others have half a byte.
+        sizes: how many coordinates have 8, 4 and 2 bits, in this order.
         num_exact: J, entries that are kept as they are.
     """
 
     mean: Tensor
     directions: Tensor
     steps: Tensor
-    num_fine: int
+    sizes: tuple[int, ...]
     num_exact: int
 
     @property
     def bytes_per_frame(self) -> int:
-        return self.num_fine + (len(self.steps) - self.num_fine) // 2 + 4 * self.num_exact
+        return sum(size * bits // 8 for size, bits in zip(self.sizes, BITS, strict=True)) + 4 * self.num_exact
 
     @cached_property
     def _scaled(self) -> Tensor:
@@ -77,32 +81,28 @@ class CompactCode:
         """Records (N, bytes_per_frame // 2) of int16 words of distributions (N, S)."""
         with torch.autocast(posteriors.device.type, enabled=False):
             coordinates = (floored_log(posteriors) - self.mean) @ self.directions / self.steps  # (N, R)
-        fine = coordinates[:, :self.num_fine].round().clamp(-FINE_RANGE, FINE_RANGE)
-        coarse = coordinates[:, self.num_fine:].floor().clamp(-COARSE_LEVELS // 2, COARSE_LEVELS // 2 - 1)
-        described = self._logs(torch.cat([fine, coarse + 0.5], 1)).softmax(1)
-        ids = (posteriors - described).abs_().topk(self.num_exact).indices
+        levels = [_levels(own, bits) for own, bits in zip(coordinates.split_with_sizes(self.sizes, 1), BITS, strict=True)]
+        ids = (posteriors - self._logs(_centres(levels)).softmax(1)).abs_().topk(self.num_exact).indices
         exact = posteriors.gather(1, ids)
         rest = (posteriors.sum(1, keepdim=True) - exact.sum(1, keepdim=True)).clamp(min=0)
         units = round_to_units(torch.cat([exact, rest], 1).double(), 0.5)[:, :-1]
-        low, high = (coarse.to(torch.int16) + COARSE_LEVELS // 2).chunk(2, 1)
-        octets = torch.cat([fine.to(torch.int8).view(torch.uint8), (low + COARSE_LEVELS * high).to(torch.uint8)], 1)
+        octets = torch.cat([_packed(own, bits) for own, bits in zip(levels, BITS, strict=True)], 1)
         return torch.cat([octets.view(torch.int16), signed_words(ids), signed_words(units)], 1)
 
     def decode(self, records: Tensor) -> Tensor:
         """Distributions (N, S), float32, of records (N, W)."""
-        width = records.shape[1] - 2 * self.num_exact
-        words, ids, units = records.tensor_split([width, width + self.num_exact], 1)
-        fine, packed = words.contiguous().view(torch.uint8).tensor_split([self.num_fine], 1)
-        coarse = [half.float() - (COARSE_LEVELS - 1) / 2 for half in (packed & (COARSE_LEVELS - 1), packed >> 4)]
+        words, ids, units = records.split_with_sizes([records.shape[1] - 2 * self.num_exact, self.num_exact, self.num_exact], 1)
+        widths = [size * bits // 8 for size, bits in zip(self.sizes, BITS, strict=True)]
+        octets = words.contiguous().view(torch.uint8).split_with_sizes(widths, 1)
         ids, units = unsigned_words(ids), unsigned_words(units)
-        logs = self._logs(torch.cat([fine.view(torch.int8).float(), *coarse], 1))
+        logs = self._logs(_centres([_unpacked(own, bits) for own, bits in zip(octets, BITS, strict=True)]))
         tail = logs.scatter_(1, ids, -torch.inf).softmax(1)
         return tail.mul_((UNITS - units.sum(1, keepdim=True)) / UNITS).scatter_(1, ids, units / UNITS)
 
     def _logs(self, coordinates: Tensor) -> Tensor:
         """(N, S) log p, up to a constant per frame, that coordinates (N, R) in units of their steps describe.
 
-        Inside bfloat16 autocast the product is made in bfloat16, which takes small whole and half numbers as they are and rounds log p by
+        Inside bfloat16 autocast the product is made in bfloat16, which takes small half numbers as they are and rounds log p by
         less than a hundredth of what the code loses of it.
         """
         kind = coordinates.device.type
@@ -117,8 +117,8 @@ class CompactCode:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, atomically."""
-        numbers = {"layout": LAYOUT, "num_fine": self.num_fine, "num_exact": self.num_exact}
-        save_tensors(path, {"mean": self.mean, "directions": self.directions, "steps": self.steps}, {name: str(number) for name, number in numbers.items()})
+        notes = {"layout": str(LAYOUT), "sizes": json.dumps(self.sizes), "num_exact": str(self.num_exact)}
+        save_tensors(path, {"mean": self.mean, "directions": self.directions, "steps": self.steps}, notes)
 
     @classmethod
     def load(cls, path: Path) -> CompactCode:
@@ -127,7 +127,7 @@ class CompactCode:
         if metadata.get("layout") != str(LAYOUT):
             raise AsrKdError(f"{path}: layout {metadata.get('layout')}, expected {LAYOUT}; run the soft_targets stage again")
         try:
-            return cls(tensors["mean"], tensors["directions"], tensors["steps"], int(metadata["num_fine"]), int(metadata["num_exact"]))
+            return cls(tensors["mean"], tensors["directions"], tensors["steps"], tuple(json.loads(metadata["sizes"])), int(metadata["num_exact"]))
         except (KeyError, ValueError) as error:
             raise AsrKdError(f"{path}: {error} missing or not a number; run the soft_targets stage again") from error
 
@@ -153,35 +153,67 @@ def find_compact_code(posteriors: Tensor, bytes_per_frame: int, generator: torch
     mean = logs.mean(0)
     logs -= mean
     with torch.autocast(posteriors.device.type, enabled=False):
-        directions = _principal_directions(logs, 2 * (bytes_per_frame - 4 * exact[0]), generator)
+        directions = _principal_directions(logs, 8 // BITS[-1] * (bytes_per_frame - 4 * exact[0]), generator)
         coordinates = logs @ directions  # (N, R)
-    codes = [_code(mean, directions, coordinates, bytes_per_frame, num_exact) for num_exact in exact]
-    return min(codes, key=lambda code: _divergence(tested, code.decode(code.encode(tested))))
+    steps, errors = (torch.stack(part) for part in zip(*(_best_steps(coordinates, bits) for bits in BITS), strict=True))  # both (len(BITS), R)
+    lost = torch.cat([errors, coordinates.square().mean(0)[None]]).cpu().double().numpy()
+
+    def code(num_exact: int) -> CompactCode:
+        sizes = _best_sizes(lost, bytes_per_frame - 4 * num_exact)
+        ends = np.cumsum([0, *sizes]).tolist()
+        own = torch.cat([steps[k, ends[k]:ends[k + 1]] for k in range(len(BITS))])
+        return CompactCode(mean, directions[:, :ends[-1]].contiguous(), own, sizes, num_exact)
+
+    return min(map(code, exact), key=lambda code: _divergence(tested, code.decode(code.encode(tested))))
 
 
-def _code(mean: Tensor, directions: Tensor, coordinates: Tensor, bytes_per_frame: int, num_exact: int) -> CompactCode:
-    """The code of so many exact entries, with as many fine coordinates as leave the least squared error of log p."""
-    left = bytes_per_frame - 4 * num_exact
-    fine_steps = (1.2 * coordinates.abs().amax(0) / FINE_RANGE).clamp(min=1e-6)
+def _best_sizes(lost: NDArray[np.float64], num_bytes: int) -> tuple[int, ...]:
+    """How many coordinates to write with 8, 4 and 2 bits, in order.
+
+    Args:
+        lost: (4, R) mean squared error of each coordinate with 8, 4, 2 bits and left out.
+        num_bytes: for all of them.
+    """
+    sums = np.concatenate([np.zeros((len(lost), 1)), np.cumsum(lost, 1)], 1)
+
+    def error(sizes: tuple[int, ...]) -> float:
+        ends = np.cumsum([0, *sizes])
+        return float(sum(own[end] - own[start] for own, start, end in zip(sums, ends, [*ends[1:], lost.shape[1]], strict=True)))
+
+    choices = [(eight, 2 * four, 4 * (num_bytes - eight - four)) for eight in range(0, num_bytes + 1, 2) for four in range(0, num_bytes - eight + 1, 2)]
+    return min(choices, key=error)
+
+
+def _best_steps(coordinates: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Steps (R,) that write coordinates (N, R) with least squared error, and that error per coordinate (R,)."""
     deviations = coordinates.square().mean(0).sqrt()
-    trials = [(share * deviations).clamp(min=1e-6) for share in COARSE_STEPS]
-    errors = torch.stack([_coarse_error(coordinates, steps) for steps in trials])  # (trials, R)
-    coarse_steps = torch.stack(trials).gather(0, errors.argmin(0)[None])[0]
-    fine_errors, coarse_errors, whole = fine_steps.square() / 12, errors.amin(0), deviations.square()
-
-    def error(num_fine: int) -> float:
-        end = num_fine + 2 * (left - num_fine)
-        return float(fine_errors[:num_fine].sum() + coarse_errors[num_fine:end].sum() + whole[end:].sum())
-
-    num_fine = min(range(0, left + 1, 2), key=error)
-    size = num_fine + 2 * (left - num_fine)
-    return CompactCode(mean, directions[:, :size].contiguous(), torch.cat([fine_steps[:num_fine], coarse_steps[num_fine:size]]), num_fine, num_exact)
+    steps = torch.stack([(factor * GAUSSIAN_STEPS[bits] * deviations).clamp(min=1e-6) for factor in STEP_FACTORS])  # (trials, R)
+    half = 2 ** (bits - 1)
+    errors = torch.stack([((coordinates / own).floor_().clamp_(-half, half - 1).add_(0.5).mul_(own) - coordinates).square_().mean(0) for own in steps])
+    best = errors.argmin(0, keepdim=True)
+    return steps.gather(0, best)[0], errors.gather(0, best)[0]
 
 
-def _coarse_error(coordinates: Tensor, steps: Tensor) -> Tensor:
-    """(R,) mean squared error of coordinates (N, R) in half a byte each."""
-    written = (coordinates / steps).floor_().clamp_(-COARSE_LEVELS // 2, COARSE_LEVELS // 2 - 1).add_(0.5).mul_(steps)
-    return (written - coordinates).square_().mean(0)
+def _levels(coordinates: Tensor, bits: int) -> Tensor:
+    """Coordinates in units of their steps as whole numbers from 0 to 2^bits - 1, in bytes."""
+    half = 2 ** (bits - 1)
+    return coordinates.floor().clamp_(-half, half - 1).add_(half).to(torch.uint8)
+
+
+def _centres(levels: list[Tensor]) -> Tensor:
+    """(N, R) float32 coordinates in units of their steps of levels of 8, 4 and 2 bits."""
+    return torch.cat([own.float() - (2**bits - 1) / 2 for own, bits in zip(levels, BITS, strict=True)], 1)
+
+
+def _packed(levels: Tensor, bits: int) -> Tensor:
+    """Bytes (N, M bits / 8) of levels (N, M)."""
+    parts = levels.tensor_split(8 // bits, 1)
+    return torch.stack([part << bits * place for place, part in enumerate(parts)]).sum(0, dtype=torch.uint8)
+
+
+def _unpacked(octets: Tensor, bits: int) -> Tensor:
+    """Levels that `_packed` was given."""
+    return octets if bits == 8 else torch.cat([octets >> bits * place & 2**bits - 1 for place in range(8 // bits)], 1)
 
 
 def _divergence(posteriors: Tensor, found: Tensor) -> float:
