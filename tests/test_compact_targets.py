@@ -106,6 +106,16 @@ def test_the_number_of_exact_entries_is_the_best_of_those_tried(temperature: flo
     assert chosen.num_exact == min(tried, key=tried.__getitem__)
 
 
+@pytest.mark.parametrize(("bits", "share"), [(8, 9e-5), (4, 0.01154), (2, 0.1188)])
+def test_steps_leave_the_error_of_the_best_uniform_quantiser(bits: int, share: float) -> None:
+    """For a Gaussian, from the tables of Max (1960): so much of the variance, whatever that is."""
+    coordinates = torch.randn(20_000, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([0.1, 1.0, 30.0])
+    steps, errors = compact_targets._best_steps(coordinates, bits)
+    variances = coordinates.square().mean(0)
+    assert ((errors / variances / share).log().abs() < 0.25).all()
+    assert ((steps / variances.sqrt() / compact_targets.GAUSSIAN_STEPS[bits]).log().abs() < 0.2).all()
+
+
 def test_sizes_are_those_of_least_error() -> None:
     """By trying: variances that fall by a tenth from one coordinate to the next, a bit being worth a quarter of what is lost."""
     variances = 100 * 0.9 ** np.arange(64)

@@ -58,6 +58,19 @@ def test_a_teacher_without_any_training_is_left_out(data: TrainingData, tmp_path
     assert "1 of 3 networks diverged at once and are left out" in caplog.text
 
 
+def test_soft_targets_of_an_earlier_layout_are_made_again(data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained, of_teachers = teachers(data, tmp_path)
+    settings = make_settings(TINY | {"output_folder": str(tmp_path), "soft_targets": "compact"})
+
+    def prints() -> str:
+        return networks.prepare_soft_targets(tmp_path / "soft", settings, data, trained, of_teachers, 2.0)[1].fingerprint
+
+    now = prints()
+    assert prints() == now
+    monkeypatch.setattr(networks, "LAYOUT", networks.LAYOUT + 1)
+    assert prints() != now
+
+
 def test_the_report_lists_teachers_that_diverged(tmp_path: Path) -> None:
     write_json(tmp_path / "teachers" / "training.json", {"diverged": {1: 70}})
     settings = make_settings(TINY | {"output_folder": str(tmp_path)})
