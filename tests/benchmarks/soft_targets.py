@@ -168,7 +168,7 @@ def noise(dense: SoftTargets, other: SoftTargets, num_states: int) -> dict[str, 
     error = (found.dense(num_states) if isinstance(found, SparseTargets) else found) - reference
     divergence = {}
     if isinstance(found, Tensor):
-        divergence["divergence"] = float((torch.xlogy(reference, reference) - torch.xlogy(reference, found)).sum(1).mean())
+        divergence["divergence"] = float((torch.xlogy(reference, reference) - torch.xlogy(reference, found.clamp(min=1e-12))).sum(1).mean())
     return {"squared_error": float(error.square().sum(1).mean()), "squared_error_of_mean": float(error.mean(0).square().sum()), **divergence}
 
 
