@@ -121,7 +121,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
             store = SoftTargetStore(Path(folder) / form, frames, record, CPU)
             with precision_context(precision, CPU):
                 step_s = seconds(lambda store=store: student_step(student, frames, store, batch), 7)
-            read_s = seconds(lambda store=store: store.batch(batch), 20)
+                read_s = seconds(lambda store=store: store.batch(batch), 20)
             result[form] = {"bytes_per_frame": store.bytes_per_frame, "extraction_frames_per_s": options.frames / extraction_s,
                             "extraction_share_of_forward_rate": forward * options.frames / extraction_s, "read_ms": 1e3 * read_s,
                             "student_step_ms": 1e3 * step_s, "read_share_of_step": read_s / step_s}
