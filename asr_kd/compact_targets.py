@@ -66,7 +66,12 @@ class CompactCode:
 
     @property
     def bytes_per_frame(self) -> int:
-        return sum(size * bits // 8 for size, bits in zip(self.sizes, BITS, strict=True)) + 4 * self.num_exact
+        return sum(self._widths) + 4 * self.num_exact
+
+    @property
+    def _widths(self) -> list[int]:
+        """Bytes of the coordinates of 8, 4 and 2 bits."""
+        return [size * bits // 8 for size, bits in zip(self.sizes, BITS, strict=True)]
 
     @cached_property
     def _scaled(self) -> Tensor:
@@ -92,8 +97,7 @@ class CompactCode:
     def decode(self, records: Tensor) -> Tensor:
         """Distributions (N, S), float32, of records (N, W)."""
         words, ids, units = records.split_with_sizes([records.shape[1] - 2 * self.num_exact, self.num_exact, self.num_exact], 1)
-        widths = [size * bits // 8 for size, bits in zip(self.sizes, BITS, strict=True)]
-        octets = words.contiguous().view(torch.uint8).split_with_sizes(widths, 1)
+        octets = words.contiguous().view(torch.uint8).split_with_sizes(self._widths, 1)
         ids, units = unsigned_words(ids), unsigned_words(units)
         logs = self._logs(_centres([_unpacked(own, bits) for own, bits in zip(octets, BITS, strict=True)]))
         tail = logs.scatter_(1, ids, -torch.inf).softmax(1)
@@ -188,8 +192,7 @@ def _best_steps(coordinates: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Steps (R,) that write coordinates (N, R) with least squared error, and that error per coordinate (R,)."""
     deviations = coordinates.square().mean(0).sqrt()
     steps = torch.stack([(factor * GAUSSIAN_STEPS[bits] * deviations).clamp(min=1e-6) for factor in STEP_FACTORS])  # (trials, R)
-    half = 2 ** (bits - 1)
-    errors = torch.stack([((coordinates / own).floor_().clamp_(-half, half - 1).add_(0.5).mul_(own) - coordinates).square_().mean(0) for own in steps])
+    errors = torch.stack([(_centre(_levels(coordinates / own, bits), bits).mul_(own) - coordinates).square_().mean(0) for own in steps])
     best = errors.argmin(0, keepdim=True)
     return steps.gather(0, best)[0], errors.gather(0, best)[0]
 
@@ -202,7 +205,12 @@ def _levels(coordinates: Tensor, bits: int) -> Tensor:
 
 def _centres(levels: list[Tensor]) -> Tensor:
     """(N, R) float32 coordinates in units of their steps of levels of 8, 4 and 2 bits."""
-    return torch.cat([own.float() - (2**bits - 1) / 2 for own, bits in zip(levels, BITS, strict=True)], 1)
+    return torch.cat([_centre(own, bits) for own, bits in zip(levels, BITS, strict=True)], 1)
+
+
+def _centre(levels: Tensor, bits: int) -> Tensor:
+    """What `_levels` was given, float32, to the nearest half number."""
+    return levels.float().sub_((2**bits - 1) / 2)
 
 
 def _packed(levels: Tensor, bits: int) -> Tensor:

@@ -218,12 +218,10 @@ class _Trainer:
         until = np.searchsorted(np.cumsum([self.frontend.store.length(utt_id) for utt_id in by_length]), self.settings.mono_hours * FRAMES_PER_HOUR) + 1
         aligned = {utt_id: self.even_alignment(utt_id) for utt_id in by_length[:until] if utt_id in own}
         hmm = untied_model(self.phones)
-        one = single_gaussians(torch.zeros(1, 39), torch.ones(1, 39))
-
-        on_device = one.to(self.frontend.device)
+        one = single_gaussians(torch.zeros(1, 39), torch.ones(1, 39)).to(self.frontend.device)
 
         def work(chunk: list[str]) -> Statistics:
-            return accumulate(on_device, frames_of(self.frontend, chunk), np.zeros(self.length(chunk), np.int64))
+            return accumulate(one, frames_of(self.frontend, chunk), np.zeros(self.length(chunk), np.int64))
 
         overall = accumulate_over(work, one, aligned, self.frontend)
         mean = overall.sums[0] / overall.frames[0]
