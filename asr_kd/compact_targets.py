@@ -12,8 +12,8 @@ directions of 8 bits each, students at T = 5 lost 0.34 % frame accuracy, at a sq
 have how many bits, and how many entries there are, is found from a sample of frames. `python -m tests.benchmarks soft_targets`
 measures errors, and students' frame accuracy, on any corpus.
 
-A record is `bytes_per_frame // 2` words of 16 bits: the coordinates of 8, 4 and 2 bits, the latter two or four to a byte | ids of the entries
-that are kept | their probabilities in 1/65535.
+A record is `bytes_per_frame // 2` words of 16 bits: the coordinates of 8, 4 and 2 bits, the latter two or four to a byte, the first of them
+lowest | ids of the entries that are kept | their probabilities in 1/65535.
 """
 
 from __future__ import annotations
@@ -33,11 +33,12 @@ from asr_kd.errors import AsrKdError
 from asr_kd.model import load_tensors, save_tensors
 from asr_kd.sparse_targets import MAX_STATES, UNITS, round_to_units, signed_words, unsigned_words
 
-LAYOUT = 2
+LAYOUT = 3
 """Records of another number are not read."""
 SMALLEST_RECORD_BYTES = 16
 FLOOR = 1e-3  # probabilities below this share of uniform ones are not told apart: together they hold at most this mass
 BITS = (8, 4, 2)
+DIRECTIONS_PER_BYTE = 1.25  # at most: more of them, in fewer bits, tell a little more and take longer to read
 GAUSSIAN_STEPS = {8: 0.0308, 4: 0.3352, 2: 0.9957}  # of a standard deviation: uniform quantisers of least squared error (Max 1960)
 STEP_FACTORS = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0)  # coordinates are no Gaussians
 EXACT_SHARES = (0.125, 0.25, 0.375, 0.5)  # of a record for entries as they are: which is best depends on the temperature
@@ -74,47 +75,48 @@ class CompactCode:
         return [size * bits // 8 for size, bits in zip(self.sizes, BITS, strict=True)]
 
     @cached_property
-    def _scaled(self) -> Tensor:
-        """(R, S): directions times steps."""
-        return (self.directions * self.steps).t().contiguous()
+    def _float32(self) -> tuple[list[Tensor], Tensor]:
+        """What each byte of coordinates of 8, 4 and 2 bits stands for, (256, 1), (256, 2) and (256, 4); directions times steps (R, S)."""
+        octets = torch.arange(256, dtype=torch.uint8, device=self.mean.device)[:, None]
+        return [_centre(_unpacked(octets, bits), bits) for bits in BITS], (self.directions * self.steps).t().contiguous()
 
     @cached_property
-    def _scaled_bfloat16(self) -> Tensor:
-        return self._scaled.bfloat16()
+    def _bfloat16(self) -> tuple[list[Tensor], Tensor]:
+        tables, scaled = self._float32
+        return [table.bfloat16() for table in tables], scaled.bfloat16()
 
     def encode(self, posteriors: Tensor) -> Tensor:
         """Records (N, bytes_per_frame // 2) of int16 words of distributions (N, S)."""
         with torch.autocast(posteriors.device.type, enabled=False):
             coordinates = (floored_log(posteriors) - self.mean) @ self.directions / self.steps  # (N, R)
         levels = [_levels(own, bits) for own, bits in zip(coordinates.split_with_sizes(self.sizes, 1), BITS, strict=True)]
-        ids = (posteriors - self._logs(_centres(levels)).softmax(1)).abs_().topk(self.num_exact).indices
+        octets = torch.cat([_packed(own, bits) for own, bits in zip(levels, BITS, strict=True)], 1)
+        ids = (posteriors - self._logs(octets).softmax(1)).abs_().topk(self.num_exact).indices
         exact = posteriors.gather(1, ids)
         rest = (posteriors.sum(1, keepdim=True) - exact.sum(1, keepdim=True)).clamp(min=0)
         units = round_to_units(torch.cat([exact, rest], 1).double(), 0.5)[:, :-1]
-        octets = torch.cat([_packed(own, bits) for own, bits in zip(levels, BITS, strict=True)], 1)
         return torch.cat([octets.view(torch.int16), signed_words(ids), signed_words(units)], 1)
 
     def decode(self, records: Tensor) -> Tensor:
         """Distributions (N, S), float32, of records (N, W)."""
         words, ids, units = records.split_with_sizes([records.shape[1] - 2 * self.num_exact, self.num_exact, self.num_exact], 1)
-        octets = words.contiguous().view(torch.uint8).split_with_sizes(self._widths, 1)
         ids, units = unsigned_words(ids), unsigned_words(units)
-        logs = self._logs(_centres([_unpacked(own, bits) for own, bits in zip(octets, BITS, strict=True)]))
-        tail = logs.scatter_(1, ids, -torch.inf).softmax(1)
+        tail = self._logs(words.contiguous().view(torch.uint8)).scatter_(1, ids, -torch.inf).softmax(1)
         return tail.mul_((UNITS - units.sum(1, keepdim=True)) / UNITS).scatter_(1, ids, units / UNITS)
 
-    def _logs(self, coordinates: Tensor) -> Tensor:
-        """(N, S) log p, up to a constant per frame, that coordinates (N, R) in units of their steps describe.
+    def _logs(self, octets: Tensor) -> Tensor:
+        """(N, S) log p, up to a constant per frame, that coordinates packed in bytes (N, B) describe.
 
         Inside bfloat16 autocast the product is made in bfloat16, which takes small half numbers as they are and rounds log p by
         less than a hundredth of what the code loses of it.
         """
-        kind = coordinates.device.type
+        kind = octets.device.type
         in_bfloat16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
+        tables, scaled = self._bfloat16 if in_bfloat16 else self._float32
+        parts = zip(octets.int().split_with_sizes(self._widths, 1), tables, strict=True)
+        coordinates = torch.cat([functional.embedding(own, table).flatten(1) for own, table in parts], 1)  # (N, R) in units of their steps
         with torch.autocast(kind, enabled=False):
-            if in_bfloat16:
-                return (coordinates.bfloat16() @ self._scaled_bfloat16).float().add_(self.mean)
-            return torch.addmm(self.mean, coordinates, self._scaled)
+            return (coordinates @ scaled).float().add_(self.mean)
 
     def to(self, device: torch.device) -> CompactCode:
         return replace(self, mean=self.mean.to(device), directions=self.directions.to(device), steps=self.steps.to(device))
@@ -157,7 +159,7 @@ def find_compact_code(posteriors: Tensor, bytes_per_frame: int, generator: torch
     mean = logs.mean(0)
     logs -= mean
     with torch.autocast(posteriors.device.type, enabled=False):
-        directions = _principal_directions(logs, 8 // BITS[-1] * (bytes_per_frame - 4 * exact[0]), generator)
+        directions = _principal_directions(logs, int(DIRECTIONS_PER_BYTE * bytes_per_frame), generator)
         coordinates = logs @ directions  # (N, R)
     steps, errors = (torch.stack(part) for part in zip(*(_best_steps(coordinates, bits) for bits in BITS), strict=True))  # both (len(BITS), R)
     lost = torch.cat([errors, coordinates.square().mean(0)[None]]).cpu().double().numpy()
@@ -175,7 +177,7 @@ def _best_sizes(lost: NDArray[np.float64], num_bytes: int) -> tuple[int, ...]:
     """How many coordinates to write with 8, 4 and 2 bits, in order.
 
     Args:
-        lost: (4, R) mean squared error of each coordinate with 8, 4, 2 bits and left out.
+        lost: (4, R) mean squared error of each of R >= num_bytes coordinates with 8, 4, 2 bits and left out.
         num_bytes: for all of them.
     """
     sums = np.concatenate([np.zeros((len(lost), 1)), np.cumsum(lost, 1)], 1)
@@ -185,7 +187,7 @@ def _best_sizes(lost: NDArray[np.float64], num_bytes: int) -> tuple[int, ...]:
         return float(sum(own[end] - own[start] for own, start, end in zip(sums, ends, [*ends[1:], lost.shape[1]], strict=True)))
 
     choices = [(eight, 2 * four, 4 * (num_bytes - eight - four)) for eight in range(0, num_bytes + 1, 2) for four in range(0, num_bytes - eight + 1, 2)]
-    return min(choices, key=error)
+    return min((sizes for sizes in choices if sum(sizes) <= lost.shape[1]), key=error)
 
 
 def _best_steps(coordinates: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -203,25 +205,25 @@ def _levels(coordinates: Tensor, bits: int) -> Tensor:
     return coordinates.floor().clamp_(-half, half - 1).add_(half).to(torch.uint8)
 
 
-def _centres(levels: list[Tensor]) -> Tensor:
-    """(N, R) float32 coordinates in units of their steps of levels of 8, 4 and 2 bits."""
-    return torch.cat([_centre(own, bits) for own, bits in zip(levels, BITS, strict=True)], 1)
-
-
 def _centre(levels: Tensor, bits: int) -> Tensor:
     """What `_levels` was given, float32, to the nearest half number."""
     return levels.float().sub_((2**bits - 1) / 2)
 
 
 def _packed(levels: Tensor, bits: int) -> Tensor:
-    """Bytes (N, M bits / 8) of levels (N, M)."""
-    parts = levels.tensor_split(8 // bits, 1)
-    return torch.stack([part << bits * place for place, part in enumerate(parts)]).sum(0, dtype=torch.uint8)
+    """Bytes (N, M bits / 8) of levels (N, M), neighbours together."""
+    octets: Tensor = levels.reshape(len(levels), levels.shape[1] * bits // 8, 8 // bits) << _places(bits, levels.device)
+    return octets.sum(2, dtype=torch.uint8)
 
 
 def _unpacked(octets: Tensor, bits: int) -> Tensor:
-    """Levels that `_packed` was given."""
-    return octets if bits == 8 else torch.cat([octets >> bits * place & 2**bits - 1 for place in range(8 // bits)], 1)
+    """Levels (N, M) that `_packed` was given, of bytes (N, M bits / 8)."""
+    levels: Tensor = octets[:, :, None] >> _places(bits, octets.device) & 2**bits - 1
+    return levels.flatten(1)
+
+
+def _places(bits: int, device: torch.device) -> Tensor:
+    return torch.arange(0, 8, bits, dtype=torch.uint8, device=device)
 
 
 def _divergence(posteriors: Tensor, found: Tensor) -> float:

@@ -64,8 +64,9 @@ def test_decoding_equals_the_layout_worked_through_by_hand(temperature: float) -
     for record, distribution, own in zip(records[:5], found, posteriors, strict=False):
         octets = np.frombuffer(record.numpy().tobytes(), np.uint8)
         of_eight, of_four, of_two = np.split(octets[:len(octets) - 4 * code.num_exact].astype(float), np.cumsum([code.sizes[0], code.sizes[1] // 2]))
-        levels = [of_eight - 127.5, of_four % 16 - 7.5, of_four // 16 - 7.5, *(of_two // 4**place % 4 - 1.5 for place in range(4))]
-        coordinates = np.concatenate(levels) * code.steps.numpy()
+        levels = [of_eight - 127.5, *(level - 7.5 for octet in of_four for level in (octet % 16, octet // 16)),
+                  *(octet // 4**place % 4 - 1.5 for octet in of_two for place in range(4))]
+        coordinates = np.hstack(levels) * code.steps.numpy()
         described = np.exp(code.mean.double().numpy() + code.directions.double().numpy() @ coordinates)
         ids, units = np.frombuffer(octets[len(octets) - 4 * code.num_exact:].tobytes(), np.uint16).reshape(2, -1)
         expected = described.copy()
@@ -89,6 +90,7 @@ def test_keeps_far_more_of_the_logarithms_than_directions_of_a_byte_each() -> No
     leading = torch.linalg.svd(centred, full_matrices=False).Vh[:32].t()
     coarse = CompactCode(code.mean, leading, (centred @ leading).abs().amax(0) / 127, (32, 0, 0), 8)
     assert coarse.bytes_per_frame == code.bytes_per_frame == 64
+    assert sum(code.sizes) <= compact_targets.DIRECTIONS_PER_BYTE * 64  # more of them would be slow to read
     assert divergence(unseen, code.decode(code.encode(unseen))) < 0.6 * divergence(unseen, coarse.decode(coarse.encode(unseen)))
 
 
@@ -186,10 +188,10 @@ def test_saved_codes_decode_alike_and_damaged_or_earlier_ones_are_refused(tmp_pa
     (tmp_path / "code.safetensors").write_bytes(whole[:-100])
     with pytest.raises(AsrKdError, match="run the stage that writes it again"):
         CompactCode.load(tmp_path / "code.safetensors")
-    monkeypatch.setattr(compact_targets, "LAYOUT", 1)
+    monkeypatch.setattr(compact_targets, "LAYOUT", 2)
     code.save(tmp_path / "earlier.safetensors")
     monkeypatch.undo()
-    with pytest.raises(AsrKdError, match="layout 1, expected 2; run the soft_targets stage again"):
+    with pytest.raises(AsrKdError, match="layout 2, expected 3; run the soft_targets stage again"):
         CompactCode.load(tmp_path / "earlier.safetensors")
 
 
