@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from asr_kd.distributed import add_over_processes, total_over_processes
 
@@ -21,6 +23,8 @@ CACHED_CELLS = 500_000
 """Gaussians times frames that are evaluated at once, such that a core's cache holds them."""
 GPU_CELLS = 50_000_000
 """The same on a GPU, where fewer, larger products are better."""
+BLOCK_FRAMES = 32
+"""Frames of one state whose posteriors are found together."""
 PADDED_SIZES = np.asarray([1, 2, 4, *(step << shift for shift in range(20) for step in (6, 8))])
 """States are filled up to one of these numbers of Gaussians."""
 
@@ -154,37 +158,69 @@ class Statistics:
         return self
 
 
-def rows_by_state(states: NDArray[np.integer], device: torch.device) -> Iterator[tuple[int, Tensor]]:
-    """Each state that occurs in `states` (T,) with the frames where it does, as an index on `device`."""
-    order = np.argsort(states, kind="stable")
-    names, starts = np.unique(states[order], return_index=True)
-    rows = torch.from_numpy(order).to(device)
-    for state, start, end in zip(names.tolist(), starts.tolist(), [*starts[1:].tolist(), len(states)], strict=True):
-        yield state, rows[start:end]
+class Blocks(NamedTuple):
+    """K blocks of B frames each, filled up at the end, and the M Gaussians of the state that a block's frames are aligned to.
+
+    Attributes:
+        rows: (K, B) index of the frames; T where there is none.
+        frames: (K, B, 2 D) the frames and their squares.
+        gaussians: (K, M) index of the Gaussians; G where there is none.
+        shares: (K, B, M) posteriors of the Gaussians, 0 where there is no frame.
+        log_likelihood: of all frames together, float64 scalar.
+    """
+
+    rows: Tensor
+    frames: Tensor
+    gaussians: Tensor
+    shares: Tensor
+    log_likelihood: Tensor
 
 
-def posteriors(mixtures: GaussianMixtures, projection: tuple[Tensor, Tensor], state: int, frames: Tensor) -> tuple[Tensor, Tensor]:
-    """Share of each of a state's Gaussians in each frame, (n, M), and the frames' log-likelihoods, (n,)."""
-    span = slice(int(mixtures.offsets[state]), int(mixtures.offsets[state + 1]))
-    joint = torch.addmm(projection[1][span].T, torch.cat([frames, frames.square()], 1), projection[0][span].T)
-    total = joint.logsumexp(1)
-    return (joint - total[:, None]).exp(), total
+def aligned_blocks(mixtures: GaussianMixtures, frames: Tensor, states: NDArray[np.integer]) -> Iterator[Blocks]:
+    """Frames (T, D) aligned to `states` (T,) with their posteriors, all on the device of both, those of one state together.
+
+    So all states with alike numbers of Gaussians take a few batched products, where one product per state would keep a GPU waiting.
+    """
+    matrix, constant = mixtures.projection()
+    squared = functional.pad(torch.cat([frames, frames.square()], 1), (0, 0, 0, 1))  # (T + 1, 2 D)
+    rows, names = _blocks_of_one_state(states)
+    padded = PADDED_SIZES[np.searchsorted(PADDED_SIZES, mixtures.sizes[names])]
+    step = max(1, (CACHED_CELLS if frames.device.type == "cpu" else GPU_CELLS) // (BLOCK_FRAMES * squared.shape[1]))
+    for size in np.unique(padded):
+        for part in np.split(own := np.flatnonzero(padded == size), range(step, len(own), step)):
+            index = torch.from_numpy(rows[part]).to(frames.device)
+            gaussians = torch.from_numpy(_padded_rows(mixtures, names[part], int(size)).reshape(-1, len(part)).T.copy()).to(frames.device)
+            block, present = squared[index], index < len(frames)
+            joint = torch.baddbmm(constant[gaussians].mT, block, matrix[gaussians].mT)  # (K, B, M)
+            total = joint.logsumexp(2)
+            shares = joint.sub_(total[:, :, None]).exp_().mul_(present[:, :, None])
+            yield Blocks(index, block, gaussians, shares, (total * present).sum(dtype=torch.float64))
+
+
+def _blocks_of_one_state(states: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.integer]]:
+    """(K, B) index of frames, T where there is none, such that a row's frames have one state in `states` (T,), and the states (K,)."""
+    order = np.append(np.argsort(states, kind="stable"), len(states))
+    names, starts, counts = np.unique(states[order[:-1]], return_index=True, return_counts=True)
+    number = -(-counts // BLOCK_FRAMES)
+    of = np.repeat(np.arange(len(names)), number)
+    rank = np.arange(len(of)) - (np.cumsum(number) - number)[of]
+    place = (starts[of] + rank * BLOCK_FRAMES)[:, None] + np.arange(BLOCK_FRAMES)
+    return order[np.where(place < (starts + counts)[of][:, None], place, len(states))], names[of]
 
 
 def accumulate(mixtures: GaussianMixtures, frames: Tensor, states: NDArray[np.integer]) -> Statistics:
     """The E step for frames (T, D) aligned to `states` (T,), on the device of both."""
-    projection = mixtures.projection()
-    occupancies, sums, squares = torch.zeros_like(mixtures.weights), torch.zeros_like(mixtures.means), torch.zeros_like(mixtures.means)
+    num_gaussians, dim = mixtures.means.shape
+    occupancies = frames.new_zeros(num_gaussians + 1, dtype=torch.float64)
+    sums = frames.new_zeros(num_gaussians + 1, 2 * dim, dtype=torch.float64)
     log_likelihood = frames.new_zeros((), dtype=torch.float64)
-    for state, rows in rows_by_state(states, frames.device):
-        own = frames[rows]
-        shares, total = posteriors(mixtures, projection, state, own)
-        span = slice(int(mixtures.offsets[state]), int(mixtures.offsets[state + 1]))
-        occupancies[span] = shares.sum(0)
-        sums[span] = shares.T @ own
-        squares[span] = shares.T @ own.square()
-        log_likelihood += total.sum(dtype=torch.float64)
-    return Statistics(occupancies.double().cpu(), sums.double().cpu(), squares.double().cpu(), float(log_likelihood), len(states))
+    for block in aligned_blocks(mixtures, frames, states):
+        # index_put_ adds in a fixed order on a GPU too, index_add_ does not
+        occupancies.index_put_((block.gaussians,), block.shares.sum(1).double(), accumulate=True)
+        sums.index_put_((block.gaussians,), torch.bmm(block.shares.mT, block.frames).double(), accumulate=True)
+        log_likelihood += block.log_likelihood
+    first, second = sums[:-1].cpu().tensor_split(2, 1)
+    return Statistics(occupancies[:-1].cpu(), first.contiguous(), second.contiguous(), float(log_likelihood), len(states))
 
 
 def estimate(mixtures: GaussianMixtures, statistics: Statistics, variance_floor: Tensor) -> GaussianMixtures:

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from asr_kd.distributed import add_over_processes, total_over_processes
-from asr_kd.hmm.gmm import GaussianMixtures, Statistics, posteriors, rows_by_state
+from asr_kd.hmm.gmm import GaussianMixtures, Statistics, aligned_blocks
 
 FloatArray = NDArray[np.float64]
 MIN_SPEAKER_FRAMES = 500
@@ -43,14 +44,12 @@ class TransformStatistics:
 
     def add(self, mixtures: GaussianMixtures, raw: Tensor, frames: Tensor, states: NDArray[np.integer]) -> None:
         """Add frames (T, D), on the device of `mixtures`: posteriors from `frames` as adapted so far, sums over `raw`, the unadapted ones."""
-        projection = mixtures.projection()
         precisions = 1.0 / mixtures.variances
-        weight, target = torch.empty_like(frames), torch.empty_like(frames)
-        for state, rows in rows_by_state(states, frames.device):
-            shares, _ = posteriors(mixtures, projection, state, frames[rows])
-            span = slice(int(mixtures.offsets[state]), int(mixtures.offsets[state + 1]))
-            weight[rows] = shares @ precisions[span]
-            target[rows] = shares @ (precisions[span] * mixtures.means[span])
+        both = functional.pad(torch.cat([precisions, precisions * mixtures.means], 1), (0, 0, 0, 1))  # (G + 1, 2 D)
+        expected = frames.new_empty(len(frames) + 1, both.shape[1])
+        for block in aligned_blocks(mixtures, frames, states):
+            expected[block.rows] = torch.bmm(block.shares, both[block.gaussians])
+        weight, target = expected[:-1].tensor_split(2, 1)
         extended = torch.cat([raw, raw.new_ones(len(raw), 1)], 1)
         self.cross += (target.T @ extended).double().cpu().numpy()
         self.outer += torch.stack([(extended * column).T @ extended for column in weight.T[:, :, None]]).double().cpu().numpy()
