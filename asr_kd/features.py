@@ -307,21 +307,6 @@ class Windows:
         u = self._position[utt_id]
         return int(self.offsets[u]), int(self.offsets[u + 1])
 
-    def targets(self, store: FrameStore) -> Tensor:
-        """What another store holds for the same utterances and frames, (N, ...) on the device, e.g. state ids.
-
-        Raises:
-            AsrKdError: an utterance is missing there, or has another number of frames.
-        """
-        targets = torch.empty((self.num_frames, *store.frames.shape[1:]), dtype=torch.from_numpy(np.empty(0, store.frames.dtype)).dtype)
-        for utt_id in self.utt_ids:
-            start, end = self.span(utt_id)
-            values = store[utt_id]
-            if len(values) != end - start:
-                raise AsrKdError(f"{utt_id}: {len(values)} targets in {store.folder} for {end - start} frames; run the stage that wrote them again")
-            targets[start:end] = torch.from_numpy(np.array(values))
-        return targets.to(self.device)
-
     def _padded(self, parts: list[NDArray[np.generic]], frame_dim: int, dtype: torch.dtype) -> Tensor:
         context = self.left + self.right
         padded = torch.empty(self.num_frames + len(parts) * context, frame_dim, dtype=dtype)

@@ -23,7 +23,7 @@ from asr_kd.features import Windows, check_present, store_of_each
 from asr_kd.frames import FrameStore
 
 CHUNK_FRAMES = 2**15  # read from the disk in one run: 3 MB
-PART_FRAMES = 2**22  # in memory together, and once more while the next ones are read: 0.4 GB
+PART_FRAMES = 2**22  # in memory together, and once more while the next ones are read: 0.4 GB each
 _SPEED_PREFIX = re.compile(r"^sp[0-9.]+-")
 
 
@@ -71,9 +71,9 @@ class FrameData:
         """(U + 1,) first frame number of each utterance, and the number of frames."""
         return self.windows.offsets
 
-    def parts(self, seed: int, epoch: int, variants: str) -> list[Part]:
+    def parts(self, seed: int, epoch: int) -> list[Part]:
         """The frames of an epoch as one part."""
-        frames = epoch_frames(self, seed, epoch, variants)
+        frames = epoch_frames(self, seed, epoch)
         return [Part(len(frames), lambda: (self, frames))]
 
     def utterances_of(self, frame_indices: Tensor) -> list[str]:
@@ -138,7 +138,7 @@ class StreamedFrames:
         return self
 
     def gather(self, frame_indices: Tensor) -> Tensor:
-        """Windows around any frames, (B,) -> (B, input_dim) float32, read from the disk: for samples and for passes in order."""
+        """Windows around any frames, (B,) -> (B, input_dim) float32, read from the disk row by row: for samples."""
         numbers = frame_indices.cpu().numpy()
         positions = np.searchsorted(self.offsets, numbers, side="right") - 1
         last = np.diff(self.offsets)[positions] - 1
@@ -151,24 +151,30 @@ class StreamedFrames:
             self._stores[n].release()
         return torch.from_numpy(windows).flatten(1).to(self.device).float()
 
-    def parts(self, seed: int, epoch: int, variants: str) -> list[Part]:
-        """The frames of an epoch in random order, a function of `seed` and `epoch` alone."""
-        rng = np.random.default_rng([seed, epoch])
-        positions = np.sort(_chosen_variants(self._original_ids, rng)) if variants == "one" else np.arange(len(self.utt_ids))
-        lengths = np.diff(self.offsets)[positions]
-        chunks = _runs(positions, lengths, self.chunk_frames)
+    def run(self, start: int, end: int) -> FrameData:
+        """The frames `start` to `end` - 1, which begin and end with an utterance, in memory: what a pass in order should ask for."""
+        return self._read(np.arange(*np.searchsorted(self.offsets, [start, end])))
+
+    def parts(self, seed: int, epoch: int) -> list[Part]:
+        """The frames of an epoch in random order, one speed variant of each utterance; a function of `seed` and `epoch` alone."""
+        rng, lengths = np.random.default_rng([seed, epoch]), np.diff(self.offsets)
+        positions = np.sort(_chosen_variants(self._original_ids, rng))
+        chunks = _runs(positions, lengths[positions], self.chunk_frames)
         shuffled = [chunks[n] for n in rng.permutation(len(chunks))]
-        joined = _runs(np.arange(len(shuffled)), [int(np.diff(self.offsets)[chunk].sum()) for chunk in shuffled], self.part_frames)
+        joined = _runs(np.arange(len(shuffled)), [int(lengths[chunk].sum()) for chunk in shuffled], self.part_frames)
         parts = [np.concatenate([shuffled[n] for n in numbers]) for numbers in joined]
-        return [Part(int(np.diff(self.offsets)[part].sum()), lambda part=part, n=n: self._load(part, [seed, epoch, n]))  # type: ignore[misc]
-                for n, part in enumerate(parts)]
+        # counted from 1, as [seed, epoch, 0] gives the same random numbers as [seed, epoch]
+        return [Part(int(lengths[part].sum()), partial(self._load, part, [seed, epoch, n])) for n, part in enumerate(parts, 1)]
 
     def _load(self, positions: NDArray[np.int64], seed: list[int]) -> tuple[FrameData, Tensor]:
-        utt_ids = [self.utt_ids[position] for position in positions]
-        data = load_frame_data(self._features, self._targets, utt_ids, self.left, self.right, self.device)
+        data = self._read(positions)
+        return data, torch.from_numpy(np.random.default_rng(seed).permutation(data.num_frames))
+
+    def _read(self, positions: NDArray[np.int64]) -> FrameData:
+        data = load_frame_data(self._features, self._targets, [self.utt_ids[position] for position in positions], self.left, self.right, self.device)
         for store in {id(store): store for joined in (self._features, self._targets) for store in joined.values()}.values():
             store.release()
-        return data, torch.from_numpy(np.random.default_rng(seed).permutation(data.num_frames))
+        return data
 
 
 TrainingFrames = FrameData | StreamedFrames
@@ -220,15 +226,12 @@ def load_frame_data(features: FrameStore | Sequence[FrameStore] | Mapping[str, F
     return FrameData(windows, torch.from_numpy(np.concatenate(parts).astype(np.int32)).to(device), original_ids(utt_ids, features))
 
 
-def epoch_frames(data: FrameData, seed: int, epoch: int, variants: str = "one") -> Tensor:
+def epoch_frames(data: FrameData, seed: int, epoch: int) -> Tensor:
     """Frame numbers of one epoch in random order, (n,) int64 on the CPU; a function of `seed` and `epoch` alone.
 
-    Args:
-        variants: "one" draws one of the speed variants ("sp0.9-ID", "ID", "sp1.1-ID") of each utterance anew in every epoch, "all" takes all.
+    One of the speed variants ("sp0.9-ID", "ID", "sp1.1-ID") of each utterance is drawn anew in every epoch.
     """
     rng = np.random.default_rng([seed, epoch])
-    if variants == "all":
-        return torch.from_numpy(rng.permutation(data.num_frames))
     chosen = _chosen_variants(original_ids(data.utt_ids) if data.original_ids is None else data.original_ids, rng)
     if len(chosen) == len(data.utt_ids):
         return torch.from_numpy(rng.permutation(data.num_frames))

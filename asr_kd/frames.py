@@ -37,11 +37,14 @@ class FrameStore:
         index = read_json(self.folder / INDEX)
         try:
             self.frames: NDArray[np.generic] = np.load(self.folder / FRAMES, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise AsrKdError(f"{self.folder / FRAMES}: not readable ({error}); run the stage that writes it again") from error
-        self.utt_ids: list[str] = index["utt_ids"]
-        self.offsets: NDArray[np.int64] = np.concatenate([[0], np.cumsum(index["lengths"], dtype=np.int64)]).astype(np.int64)
-        self.attributes: dict[str, object] = index["attributes"]
+        try:
+            self.utt_ids: list[str] = list(index["utt_ids"])
+            self.offsets: NDArray[np.int64] = np.concatenate([[0], np.cumsum(index["lengths"], dtype=np.int64)]).astype(np.int64)
+            self.attributes: dict[str, object] = dict(index["attributes"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise AsrKdError(f"{self.folder / INDEX}: not an index of frames ({error}); run the stage that writes it again") from error
         self._position = {utt_id: u for u, utt_id in enumerate(self.utt_ids)}
         if self.offsets[-1] != len(self.frames) or len(self.offsets) != len(self.utt_ids) + 1:
             raise AsrKdError(f"{self.folder}: index of {self.offsets[-1]} frames beside an array of {len(self.frames)}; run the stage that writes it again")

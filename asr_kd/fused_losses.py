@@ -1,6 +1,6 @@
 """The loss of `asr_kd.losses` and its gradient as Triton kernels, one program per frame.
 
-`row_losses` and `row_gradients` take and return what `_row_losses` and `_row_gradients` of `asr_kd.losses` do, their reference.
+`row_losses` and `row_gradients` take and return what `asr_kd.losses._losses_and_gradient`, their reference, does at once (weighted gradients).
 Softmax and sums are done in float32. Nothing of size (N, C) exists beside input and result: the classes of a frame are worked
 through in blocks with a running maximum (Milakov & Gimelshein 2018, arXiv 1805.02867). The loss takes one pass over the classes, the
 gradient two. Of sparse targets these passes know the tail alone; the k listed classes are gathered and mended afterwards.

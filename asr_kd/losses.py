@@ -10,10 +10,9 @@ Per frame, with z the student's logits over C classes, p the soft targets, y the
 p is a constant: no gradient flows into soft targets. Axes: B utterances, T frames (or tokens), C classes, K teachers;
 N stands for all frames of a batch. Softmax and sums are done in float32 (float64 for float64 logits), under autocast too.
 
-Besides the logits and their gradient nothing of size (N, C) is kept: the frames are worked through in blocks, and the gradient
-is computed from the logits once more in the backward pass. (On the CPU, small batches of dense targets keep a gradient made beside
-the loss instead, which is faster.) On CUDA the kernels of `asr_kd.fused_losses` do the same where Triton is installed. This module
-imports nothing but torch.
+Besides the logits and their gradient nothing of size (N, C) is kept: the frames are worked through in blocks, and the gradient is
+made beside the loss, with the same softmax. On CUDA the kernels of `asr_kd.fused_losses` do this where Triton is installed, and
+keep no gradient between the passes. This module imports nothing but torch.
 """
 
 from __future__ import annotations
@@ -38,8 +37,6 @@ REDUCTIONS = ("mean", "sum", "batch", "batchmean", "none")
 CPU_BLOCK_ELEMENTS = 2**19
 MIN_BLOCK_ELEMENTS = 2**20
 NUM_BLOCKS = 8
-# On a CPU, batches of dense targets up to this size (8 MB) keep a gradient between forward and backward.
-EARLY_GRADIENT_ELEMENTS = 2**21
 FUSED_DEVICES = ("cuda",)
 # A length n / num_frames kept in float32 may come back as n + 1e-4 frames; that is not one frame more.
 LENGTH_TOLERANCE_FRAMES = 1e-2
@@ -152,9 +149,7 @@ def distillation_loss(
     rows = _as_rows(soft_targets, hard_targets, valid)
     settings = _Settings(float(temperature), float(hard_weight), kl, fused)
     flat = logits.reshape(-1, logits.shape[-1])
-    # a compiler fuses the plain form itself
-    losses = _row_losses(flat, rows, settings) if torch.compiler.is_compiling() else _RowLosses.of(flat, rows, settings)
-    return _reduce(losses.reshape(logits.shape[:-1]), valid, reduction)
+    return _reduce(_losses_of_rows(flat, rows, settings).reshape(logits.shape[:-1]), valid, reduction)
 
 
 class DistillationLoss(nn.Module):
@@ -259,89 +254,52 @@ class _Rows(NamedTuple):
         return rows._replace(valid=None) if unpadded else rows  # spares the masking
 
 
+def _losses_of_rows(logits: Tensor, rows: _Rows, settings: _Settings) -> Tensor:
+    """Losses (N,) of N frames, differentiable."""
+    if torch.compiler.is_compiling() or any(map(_is_wrapped, (logits, *rows))):  # a compiler fuses the plain form itself; torch.func differentiates it
+        return _row_losses(logits, rows, settings)
+    wanted = logits.requires_grad and torch.is_grad_enabled()
+    return cast(Tensor, _RowLosses.apply(logits, *rows, settings, wanted))  # type: ignore[no-untyped-call]
+
+
 class _RowLosses(torch.autograd.Function):
-    """Losses (N,) of N frames; logits, the fields of `_Rows`, settings -> losses. Only the inputs are saved for the gradient."""
-
-    @staticmethod
-    def of(logits: Tensor, rows: _Rows, settings: _Settings) -> Tensor:
-        function = _EarlyGradient if _is_small(logits, rows) else _RowLosses
-        return cast(Tensor, function.apply(logits, *rows, settings))  # type: ignore[no-untyped-call]
-
-    @staticmethod
-    def forward(logits: Tensor, *args: Any) -> Tensor:
-        rows, settings = _Rows(*args[:-1]), args[-1]
-        if logits.device.type == "cpu":
-            _check_values(rows, logits.shape[-1])
-        kernels = _fused_kernels(logits, rows, settings)
-        if kernels is not None:
-            return cast(Tensor, kernels.row_losses(logits, rows, settings))
-        return torch.cat([_row_losses(logits[block], rows.block(block), settings) for block in _blocks(logits)])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:-1])
-        ctx.settings = inputs[-1]
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        logits, *fields = ctx.saved_tensors
-        rows, (weights,) = _Rows(*fields), grad_outputs
-        others = (None,) * (len(_Rows._fields) + 1)
-        if torch.is_grad_enabled():  # create_graph, or a torch.func transform: a form that autograd can differentiate again
-            return _row_gradients(logits, rows, ctx.settings, weights).to(logits.dtype), *others
-        kernels = _fused_kernels(logits, rows, ctx.settings)
-        if kernels is not None:
-            return kernels.row_gradients(logits, rows, ctx.settings, weights), *others
-        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-        for block in _blocks(logits):
-            gradient[block] = _row_gradients(logits[block], rows.block(block), ctx.settings, weights[block])
-        return gradient, *others
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Tensor, int]:
-        """Rows do not depend on each other: a batch of row sets is one longer set."""
-
-        def merged(value: Any, dim: int | None) -> Any:
-            if not isinstance(value, Tensor):
-                return value
-            batched = value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
-            return batched.flatten(0, 1)
-
-        logits, *fields, settings = (merged(value, dim) for value, dim in zip(inputs, in_dims, strict=True))
-        losses = _RowLosses.of(logits, _Rows(*fields), settings)
-        return losses.reshape(info.batch_size, -1), 0
-
-
-class _EarlyGradient(torch.autograd.Function):
-    """As `_RowLosses` for dense targets; the gradient is made beside the loss, with the same softmax, and kept."""
+    """Losses of N frames; where a gradient is wanted it is made beside them, with the same softmax, and handed out by the first backward pass."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, *args: Any) -> Tensor:
-        rows, settings = _Rows(*args[:-1]), args[-1]
-        mass = _check_values(rows, logits.shape[-1])
-        gradient = logits.new_empty(logits.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
-        losses = gradient.new_empty(len(logits))
-        for block in _blocks(logits):
-            losses[block] = _dense_losses(logits[block], rows.block(block), mass[block], settings, gradient=gradient[block])
-        ctx.save_for_backward(logits, *rows, gradient)
-        ctx.settings = settings
+        rows, ctx.settings, wanted = _Rows(*args[:-2]), args[-2], args[-1]
+        ctx.save_for_backward(logits, *rows)
+        if logits.device.type == "cpu":
+            _check_values(rows, logits.shape[-1])
+        ctx.kernels, ctx.gradient = _fused_kernels(logits, rows, ctx.settings), None
+        if ctx.kernels is not None:
+            return cast(Tensor, ctx.kernels.row_losses(logits, rows, ctx.settings))
+        if not wanted:
+            return torch.cat([_row_losses(logits[block], rows.block(block), ctx.settings) for block in _blocks(logits)])
+        losses, ctx.gradient = _losses_and_gradients(logits, rows, ctx.settings)
         return losses
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        logits, *fields, gradient = ctx.saved_tensors
-        rows, (weights,) = _Rows(*fields), grad_outputs
-        others = (None,) * (len(_Rows._fields) + 1)
-        if torch.is_grad_enabled():
-            return _row_gradients(logits, rows, ctx.settings, weights).to(logits.dtype), *others
+        logits, *fields = ctx.saved_tensors
+        rows, (weights,), again = _Rows(*fields), grad_outputs, torch.is_grad_enabled()
+        others = (None,) * (len(_Rows._fields) + 2)
+        if again:  # create_graph: a form that autograd can differentiate again
+            return torch.autograd.grad(_row_losses(logits, rows, ctx.settings), logits, weights, create_graph=True)[0], *others
+        if ctx.kernels is not None:
+            return ctx.kernels.row_gradients(logits, rows, ctx.settings, weights), *others
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:  # a second backward pass over the same graph
+            gradient = _losses_and_gradients(logits, rows, ctx.settings)[1]
         weights = weights if rows.valid is None else weights.masked_fill(~rows.valid, 0)
-        return (gradient * weights.unsqueeze(-1)).to(logits.dtype), *others
+        return gradient.mul_(weights.unsqueeze(-1)).to(logits.dtype), *others
 
 
-def _is_small(logits: Tensor, rows: _Rows) -> bool:
-    """Whether `_EarlyGradient` fits: few dense targets on the CPU, and autograd alone asks for the gradient."""
-    wanted = logits.requires_grad and torch.is_grad_enabled() and rows.indices is None and 0 < logits.numel() <= EARLY_GRADIENT_ELEMENTS
-    return wanted and logits.device.type == "cpu" and not any(map(_is_wrapped, (logits, *rows)))
+def _losses_and_gradients(logits: Tensor, rows: _Rows, settings: _Settings) -> tuple[Tensor, Tensor]:
+    """Losses (N,) and the gradient (N, C) of their sum, by blocks."""
+    gradient = logits.new_empty(logits.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
+    losses = [_losses_and_gradient(logits[block], rows.block(block), settings, gradient[block]) for block in _blocks(logits)]
+    return torch.cat(losses), gradient
 
 
 def _fused_kernels(logits: Tensor, rows: _Rows, settings: _Settings) -> ModuleType | None:
@@ -365,8 +323,9 @@ def _working_kernels(device: torch.device) -> ModuleType | None:
     settings = _Settings(2.0, 0.5, True, True)
     try:
         for rows in (_Rows(posteriors, None, None, hard, None), _Rows(posteriors.gather(1, indices), indices, tail, hard, None)):
-            torch.testing.assert_close(fused_losses.row_losses(logits, rows, settings), _row_losses(logits, rows, settings))
-            torch.testing.assert_close(fused_losses.row_gradients(logits, rows, settings, weights), _row_gradients(logits, rows, settings, weights))
+            gradient = torch.empty_like(logits)
+            torch.testing.assert_close(fused_losses.row_losses(logits, rows, settings), _losses_and_gradient(logits, rows, settings, gradient))
+            torch.testing.assert_close(fused_losses.row_gradients(logits, rows, settings, weights), gradient)
     except Exception as error:  # no C compiler, a device that Triton does not know, ...
         warnings.warn(f"asr_kd.fused_losses does not work on {device}, the plain form is used: {type(error).__name__}: {error}", stacklevel=2)
         return None
@@ -395,42 +354,32 @@ def _row_losses(logits: Tensor, rows: _Rows, settings: _Settings) -> Tensor:
     return losses if rows.valid is None else losses.masked_fill(~rows.valid, 0)
 
 
-def _row_gradients(logits: Tensor, rows: _Rows, settings: _Settings, weights: Tensor) -> Tensor:
-    """Gradient (N, C) of sum(weights * losses): weights * (T * (mass * q - p) + hard_weight * (softmax(z) - onehot(y)))."""
-    temperature, hard_weight, *_ = settings
-    logits, rows = _without_padding(logits, rows)
-    weights = (weights if rows.valid is None else weights.masked_fill(~rows.valid, 0)).to(logits.dtype).unsqueeze(-1)
-    q = (logits * (1 / temperature)).softmax(-1)
-    soft_weights = temperature * weights
-    mass = rows.probabilities.sum(-1, keepdim=True)
-    if rows.indices is None:
-        gradient = torch.addcmul(q * (mass * soft_weights), rows.probabilities, soft_weights, value=-1)
-    elif rows.tail is None:
-        gradient = (q * (mass * soft_weights)).scatter_add(-1, rows.indices, -rows.probabilities * soft_weights)
-    else:
-        num_unlisted = logits.shape[-1] - rows.indices.shape[-1]
-        each = _each_unlisted(rows.tail, num_unlisted)
-        gradient = (q * (mass + each * num_unlisted) - each) * soft_weights
-        gradient = gradient.scatter_add(-1, rows.indices, (each - rows.probabilities) * soft_weights)
-    if rows.hard is not None:
-        posteriors = q if temperature == 1 else logits.softmax(-1)
-        gradient = torch.addcmul(gradient, posteriors, hard_weight * weights)
-        gradient = gradient.scatter_add(-1, rows.hard.unsqueeze(-1), -hard_weight * weights)
-    return gradient
-
-
-def _dense_losses(logits: Tensor, rows: _Rows, mass: Tensor, settings: _Settings, *, gradient: Tensor) -> Tensor:
-    """(N, C) -> (N,); also fills `gradient` (N, C) with that of the losses' sum. `mass`: sum of the soft targets, (N,). Works in place."""
+def _losses_and_gradient(logits: Tensor, rows: _Rows, settings: _Settings, gradient: Tensor) -> Tensor:
+    """(N, C) -> (N,); also fills `gradient` (N, C): T * (mass * q - p) + hard_weight * (softmax(z) - onehot(y)). Works in place."""
     temperature, hard_weight, kl, _ = settings
     logits, rows = _without_padding(logits, rows)
+    p, mass = rows.probabilities, rows.probabilities.sum(-1)
     shifted = logits - logits.amax(-1, keepdim=True)  # the largest is 0, its posterior 1 / sum of exp
     tempered = shifted * (1 / temperature)
     q = torch.softmax(tempered, -1, out=gradient)
-    soft = -mass * q.amax(-1).log() - tempered.clamp_(min=torch.finfo(q.dtype).min).mul_(rows.probabilities).sum(-1)  # 0 * -inf = 0
-    if kl:
-        soft -= _entropy(rows, logits.shape[-1])
-    losses = temperature**2 * soft
-    gradient.mul_((temperature * mass).unsqueeze(-1)).sub_(rows.probabilities, alpha=temperature)
+    log_sum = -q.amax(-1).log()
+    tempered.clamp_(min=torch.finfo(q.dtype).min)  # 0 * -inf = 0
+    if rows.indices is None:
+        soft = mass * log_sum - tempered.mul_(p).sum(-1)
+        gradient.mul_((temperature * mass).unsqueeze(-1)).sub_(p, alpha=temperature)
+    else:
+        num_unlisted = logits.shape[-1] - rows.indices.shape[-1]
+        score, each = (p * tempered.gather(-1, rows.indices)).sum(-1), torch.zeros_like(p[:, :1])
+        if rows.tail is not None:
+            each = _each_unlisted(rows.tail, num_unlisted)
+            score += each.squeeze(-1) * tempered.scatter_(-1, rows.indices, 0.0).sum(-1)
+            mass = mass + each.squeeze(-1) * num_unlisted
+        soft = mass * log_sum - score
+        gradient.mul_((temperature * mass).unsqueeze(-1))
+        if rows.tail is not None:
+            gradient.sub_(temperature * each)
+        gradient.scatter_add_(-1, rows.indices, temperature * (each - p))
+    losses = temperature**2 * (soft - _entropy(rows, logits.shape[-1]) if kl else soft)
     if rows.hard is not None:
         hard = rows.hard.unsqueeze(-1)
         log_hard = shifted.gather(-1, hard).squeeze(-1)
@@ -571,7 +520,8 @@ def _valid_frames(logits: Tensor, length: Tensor | None) -> Tensor | None:
     frames = length.float() * logits.shape[1]
     if _can_look_at(frames) and not bool(((length > 0) & (length <= 1 + 1e-6)).all()):
         raise ValueError(f"length holds {length.min():g} to {length.max():g}; expected relative lengths in (0, 1], not frames")
-    return torch.arange(logits.shape[1], device=logits.device) < (frames.to(logits.device) - LENGTH_TOLERANCE_FRAMES).unsqueeze(-1)
+    frames = (frames.to(logits.device) - LENGTH_TOLERANCE_FRAMES).clamp(min=0.5)  # however short, one frame is valid
+    return torch.arange(logits.shape[1], device=logits.device) < frames.unsqueeze(-1)
 
 
 def _can_look_at(tensor: Tensor) -> bool:
@@ -586,21 +536,20 @@ def _is_wrapped(tensor: Tensor | None) -> bool:
     return tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
-def _check_values(rows: _Rows, num_classes: int) -> Tensor:
-    """Class ids in range; dense soft targets that look like probabilities. Padding is left out. Returns the listed mass of each frame, (N,)."""
+def _check_values(rows: _Rows, num_classes: int) -> None:
+    """Class ids in range; dense soft targets that look like probabilities. Padding is left out."""
     for name, ids in (("hard targets", rows.hard), ("sparse indices", rows.indices)):
         if ids is not None:
             held = ids if rows.valid is None else ids[rows.valid]
             if held.numel() and not 0 <= int(held.min()) <= int(held.max()) < num_classes:
                 raise ValueError(f"{name} hold class ids {int(held.min())} to {int(held.max())}; expected 0 to {num_classes - 1}")
-    mass = rows.probabilities.sum(-1, dtype=torch.promote_types(rows.probabilities.dtype, torch.float32))
     if rows.indices is None:
+        mass = rows.probabilities.sum(-1, dtype=torch.promote_types(rows.probabilities.dtype, torch.float32))
         wrong = ~((mass - 1).abs() <= MASS_TOLERANCE)
         wrong = wrong if rows.valid is None else wrong & rows.valid
         if bool(wrong.any()):
             frame = int(wrong.nonzero()[0])
             raise ValueError(f"soft targets of frame {frame} of {len(mass)} sum to {mass[frame]:g}; expected probabilities, softmax(logits / T)")
-    return mass
 
 
 def _check_temperature(temperature: float) -> None:

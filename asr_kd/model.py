@@ -32,8 +32,8 @@ class ModelShape:
         for name in ("input_dim", "hidden_layers", "hidden_units", "num_states"):
             if getattr(self, name) < 1:
                 raise AsrKdError(f"{name}: {getattr(self, name)}, expected at least 1; change it in the settings")
-        if not 0.0 <= self.dropout < 1.0:
-            raise AsrKdError(f"dropout: {self.dropout}, expected a share in [0, 1); change it in the settings")
+        if not 0.0 <= self.dropout <= 0.99:
+            raise AsrKdError(f"dropout: {self.dropout}, expected a share from 0 to 0.99; change it in the settings")
 
     @property
     def layer_dims(self) -> list[tuple[int, int]]:

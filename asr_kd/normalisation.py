@@ -94,21 +94,22 @@ def log_posteriors(model: AcousticModel, frames: Frames, left: int, right: int) 
     return posteriors
 
 
-def choose_pseudo_count(network: LogPosteriors, store: FrameStore, targets: FrameStore, utt_ids: Sequence[str], mean: Frames,
+def choose_pseudo_count(network: LogPosteriors, splits: Sequence[tuple[FrameStore, FrameStore]], utt_ids: Sequence[str], mean: Frames,
                         candidates: Sequence[float] = PSEUDO_COUNTS) -> tuple[float, dict[float, FrameCounts]]:
     """The p with the most correct frames on the tuning speakers when every utterance is normalised alone; ties go to the smaller.
 
     Args:
         network: normalised (T, F) -> (T, S) log posteriors.
-        store: features of the tuning speakers as `extract_features` wrote them.
-        targets: their state ids.
+        splits: features as `extract_features` wrote them, and state ids; the tuning speakers may be in several.
+        utt_ids: of the tuning speakers; those without state ids are left out.
         mean: of the training data, (F,).
 
     Returns:
         The best p, and the counts for each candidate.
     """
     counts = dict.fromkeys(sorted(candidates), FrameCounts())
-    for utt_id in progress(utt_ids, desc="mean normalisation", unit="utt"):
+    places = [(store, targets, utt_id) for store, targets in splits for utt_id in utt_ids if utt_id in targets]
+    for store, targets, utt_id in progress(places, desc="mean normalisation", unit="utt"):
         raw, reference = raw_features(store, utt_id), np.asarray(targets[utt_id], dtype=np.int64)
         for pseudo_count in counts:
             best = network(MeanNormalisation(tuple(mean), pseudo_count)(raw)).argmax(1)

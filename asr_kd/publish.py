@@ -42,16 +42,13 @@ def publish_student(settings: Settings, corpus: Corpus, text: Text, features: Fe
         in_training = [name for name, (split, prefix) in features.origin.items() if split not in corpus.evaluation and not prefix]
         normalisation = make_normalisation(settings.cmvn, [features.stores[name] for name in in_training], 0.0)
         if settings.cmvn == "speaker":
-            normalisation = replace(normalisation, pseudo_count_frames=_choose(in_training, normalisation))
+            splits = [(features.stores[name], targets.stores[name]) for name in in_training]
+            chosen, _ = choose_pseudo_count(network, splits, corpus.tuning, np.asarray(normalisation.training_mean))
+            normalisation = replace(normalisation, pseudo_count_frames=chosen)
         inputs = InputSettings(FbankOptions(num_mels=settings.num_mels), settings.left_context, settings.right_context, normalisation)
         save_bundle(folder, model, targets.hmm, text.lexicon, recogniser.graph, inputs, recogniser.decoding)
         costs = {split: _costs(split, normalisation) for split in corpus.evaluation} if settings.cmvn == "speaker" else {}
         write_json(folder / "cost_of_normalisation.json", costs)
-
-    def _choose(names: list[str], normalisation: MeanNormalisation) -> float:
-        name = next(name for name in names if any(utt_id in targets.stores[name] for utt_id in corpus.tuning))
-        usable = [utt_id for utt_id in corpus.tuning if utt_id in targets.stores[name]]
-        return choose_pseudo_count(network, features.stores[name], targets.stores[name], usable, np.asarray(normalisation.training_mean))[0]
 
     def _costs(split: str, normalisation: MeanNormalisation) -> dict[str, Any]:
         store = features.stores[split]

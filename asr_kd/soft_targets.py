@@ -30,6 +30,7 @@ from asr_kd import sparse_targets
 from asr_kd.compact_targets import CompactCode, check_compact_size, find_compact_code
 from asr_kd.distributed import by_first_process, rank, total_over_processes, world_size
 from asr_kd.errors import AsrKdError
+from asr_kd.frame_data import StreamedFrames, load_ahead
 from asr_kd.frames import FrameStore
 from asr_kd.losses import Mean, SparseTargets, average_teachers
 from asr_kd.precision import precision_context
@@ -133,10 +134,11 @@ def extract(teachers: Teachers, frames: NumberedFrames, folder: Path | str, reco
     with precision_context(precision, device), torch.inference_mode(), progress_bar as bar:
         encode = _encoder(teachers, frames, record, form, bytes_per_frame, Path(folder), total_over_processes(writer.frames_done)[0] > 0, seed, device)
         bar.update(writer.frames_done)
-        for start, end in ((first + start, first + end) for start, end in writer.chunks_left()):
-            uniforms = torch.from_numpy(_uniforms(seed, frames, start, end)).to(device)
+        chunks = [(first + start, first + end) for start, end in writer.chunks_left()]
+        for (start, end), (run, numbers) in zip(chunks, load_ahead([partial(_run, frames, *chunk) for chunk in chunks]), strict=True):
+            uniforms = torch.from_numpy(_uniforms(seed, frames, start, end)).to(device) if form == "sparse" else torch.empty(end - start, 0)
             block = np.empty((end - start, width), dtype)
-            for rows, posteriors in _teacher_posteriors(teachers, frames, torch.arange(start, end), record, device):
+            for rows, posteriors in _teacher_posteriors(teachers, run, numbers, record, device):
                 block[rows] = encode(posteriors, uniforms[rows]).cpu().numpy()
             writer.append(block)
             bar.update(end - start)
@@ -296,6 +298,7 @@ def _encoder(teachers: Teachers, frames: NumberedFrames, record: SoftTargetRecor
         return lambda posteriors, uniforms: posteriors.half()
     if form == "sparse":
         return lambda posteriors, uniforms: sparse_targets.encode(posteriors, uniforms, bytes_per_frame)
+
     def find() -> None:
         generator = torch.Generator().manual_seed(seed)
         num_frames = min(SAMPLE_FRAMES, SAMPLE_ELEMENTS // record.num_states)
@@ -307,6 +310,13 @@ def _encoder(teachers: Teachers, frames: NumberedFrames, record: SoftTargetRecor
         by_first_process(find)
     code = CompactCode.load(folder / COMPACT_CODE).to(device)
     return lambda posteriors, uniforms: code.encode(posteriors)
+
+
+def _run(frames: NumberedFrames, start: int, end: int) -> tuple[NumberedFrames, Tensor]:
+    """Frames that hold those numbered `start` to `end` - 1, in memory where they come from the disk, and the numbers (end - start,) that these have there."""
+    if isinstance(frames, StreamedFrames):
+        return frames.run(start, end), torch.arange(end - start)
+    return frames, torch.arange(start, end)
 
 
 def _teacher_posteriors(teachers: Teachers, frames: NumberedFrames, frame_indices: Tensor, record: SoftTargetRecord,
@@ -338,9 +348,8 @@ def _averaged(logits: Tensor, temperature: float, mean: Mean) -> Tensor:
 def _uniforms(seed: int, frames: NumberedFrames, start: int, end: int) -> NDArray[np.float32]:
     """Uniform numbers (n, 2) of frames start..end-1, which begin and end with an utterance."""
     first, last = np.searchsorted(frames.offsets, [start, end])
-    lengths = np.diff(frames.offsets)
     draws = []
-    for u in range(first, last):
-        digest = hashlib.sha256(f"{seed} {frames.utt_ids[u]}".encode()).digest()
-        draws.append(np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random((int(lengths[u]), 2), dtype=np.float32))
+    for utt_id, length in zip(frames.utt_ids[first:last], np.diff(frames.offsets[first:last + 1]).tolist(), strict=True):
+        digest = hashlib.sha256(f"{seed} {utt_id}".encode()).digest()
+        draws.append(np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little"))).random((length, 2), dtype=np.float32))
     return np.concatenate(draws)

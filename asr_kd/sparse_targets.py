@@ -68,7 +68,7 @@ def decode(records: Tensor) -> SparseTargets:
     drawn = (UNITS - units.sum(1, keepdim=True)).float() / (UNITS * (num_slots - 2 * num_exact))
     probabilities = torch.where(is_exact, units.float() / UNITS, drawn) * is_used
     indices = words.gather(1, id_word) * is_used
-    return SparseTargets(indices, probabilities, torch.zeros(len(words), device=words.device))
+    return SparseTargets(indices, probabilities)
 
 
 def _exact_entries(posteriors: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from asr_kd.distributed import add_over_processes, from_first_process, own_share, rank, smallest_over_processes, world_size
+from asr_kd.distributed import add_over_processes, from_first_process, own_share, rank, smallest_over_processes, wait_for_all, world_size
 from asr_kd.ensemble import Ensemble
 from asr_kd.errors import AsrKdError
 from asr_kd.frame_data import FrameData, Part, StreamedFrames, TrainingFrames, load_ahead
@@ -38,7 +38,7 @@ from asr_kd.stage import atomic_path, fingerprint, write_text
 CHECKPOINT = "checkpoint.pt"
 CURVES = "curves.jsonl"
 _CHECK_STEPS = 100  # steps between looks at the losses: a look makes a GPU wait
-_FORMAT = 2  # of checkpoints
+_FORMAT = 3  # of checkpoints
 _NEVER = 2**62
 _PROGRESS = ("epoch", "batch", "step", "epochs", "precision", "best", "curves", "diverged")  # what a checkpoint holds of a trainer as it is
 
@@ -66,7 +66,6 @@ class TrainingSettings:
         heldout_frames: held-out frames that are measured, a fixed random sample.
         weight_decay: of AdamW; 0 is Adam.
         max_grad_norm: each member's gradient is scaled down to this norm.
-        variants: "one" speed variant of each utterance per epoch, drawn anew, or "all".
         precision: "auto", "fp32" or "bf16" matrix products; weights and optimiser state are float32.
         temperature, hard_weight: of the distillation loss; unused without soft targets.
         checkpoint_interval_s: at most this much work is lost when training is cut, or 20 times what it takes to write a checkpoint; 0:
@@ -79,7 +78,6 @@ class TrainingSettings:
     heldout_frames: int = 50_000
     weight_decay: float = 0.0
     max_grad_norm: float = 5.0
-    variants: str = "one"
     precision: str = "auto"
     temperature: float = 1.0
     hard_weight: float = 0.5
@@ -184,7 +182,7 @@ class _Trainer:
 
     def _batches(self) -> Iterator[Tensor]:
         """Frame numbers in `part` of each batch of the epoch that is still to come."""
-        parts = self.data.parts(self.seed, self.epoch, self.settings.variants)
+        parts = self.data.parts(self.seed, self.epoch)
         counts = [max(1, round(part.num_frames / self.settings.batch_frames)) for part in parts]
         self.num_batches, done = sum(counts), 0
         if self.batch == self.num_batches:  # cut at the end of an epoch
@@ -192,6 +190,9 @@ class _Trainer:
         while counts[0] <= self.batch - done < self.num_batches:  # parts that were finished before a cut
             parts, done, counts = parts[1:], done + counts[0], counts[1:]
         for count, loaded in zip(counts, load_ahead([partial(self._load, part) for part in parts]), strict=True):
+            if self.recent:  # looked at now, so that parts that are over are not kept in memory for a look that comes later
+                self._check_losses()
+                self.recent.clear()
             self.part, frames, self.part_targets = loaded
             yield from frames.tensor_split(count)[self.batch - done:]
             done += count
@@ -210,7 +211,7 @@ class _Trainer:
     def _step(self, frame_indices: Tensor) -> None:
         own = own_share(frame_indices)
         for generator, seed in zip(self.generators, self.networks.seeds, strict=True):
-            generator.manual_seed((seed * 1_000_003 + self.step) * world_size() + rank())
+            generator.manual_seed(((seed * 1_000_003 + self.step) * world_size() + rank()) % 2**63)
         self.recent.append((self.part, frame_indices))
         logits = self.networks(self.part.windows.gather(own), self.generators)  # (K, B, S)
         targets = self.part.targets[own].long()
@@ -309,9 +310,10 @@ class _Trainer:
 
     def _resume(self) -> None:
         path = self.folder / CHECKPOINT
-        if not path.exists():
+        if not from_first_process(path.exists()):
             return
         state = _read_checkpoint(path, self.device)
+        wait_for_all()  # the first process removes the checkpoint when training is over
         if state.get("fingerprint") != self._fingerprint():
             raise AsrKdError(f"{path}: a checkpoint of other settings or data than this run's; remove {self.folder} to train anew")
         with torch.no_grad():

@@ -102,7 +102,8 @@ def pretend_gpu() -> Iterator[torch.device]:
         stack.enter_context(mock.patch("torch.Generator", _Generator))
         stack.enter_context(mock.patch("torch.cuda.get_device_name", return_value="a GPU that is none"))
         stack.enter_context(mock.patch("asr_kd.hmm.corpus.num_threads", return_value=1))
-        stack.enter_context(mock.patch("asr_kd.training.load_ahead", lambda loads: (load() for load in loads)))
+        for module in ("training", "soft_targets"):
+            stack.enter_context(mock.patch(f"asr_kd.{module}.load_ahead", lambda loads: (load() for load in loads)))
         stack.enter_context(mock.patch("asr_kd.losses.FUSED_DEVICES", ()))
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)  # operations are small here

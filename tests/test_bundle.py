@@ -19,6 +19,7 @@ from asr_kd.cli import main
 from asr_kd.decode import DecodeSettings
 from asr_kd.errors import AsrKdError
 from asr_kd.features import FbankOptions, Windows, extract_features, fbank
+from asr_kd.frame_data import load_frame_data
 from asr_kd.frames import FrameStore, FrameWriter
 from asr_kd.graph import build_graph
 from asr_kd.hmm.model import untied_model
@@ -98,8 +99,8 @@ class Tones:
         return FrameStore(self.folder / "features")
 
     def train(self):
-        windows = Windows(self.store, left=LEFT, right=RIGHT)
-        inputs, states = windows.gather(torch.arange(windows.num_frames)), windows.targets(self.targets).long()
+        data = load_frame_data(self.store, self.targets, self.store.utt_ids, LEFT, RIGHT, torch.device("cpu"))
+        inputs, states = data.windows.gather(torch.arange(data.num_frames)), data.targets.long()
         model = AcousticModel(ModelShape(inputs.shape[1], 1, 48, self.hmm.num_states), seed=1)
         model.input_mean.copy_(inputs.mean(0))
         model.input_scale.copy_(1 / inputs.std(0))
@@ -324,12 +325,21 @@ def test_other_ways_of_training_have_their_counterpart(tones, tmp_path):
         normalisation.training_mean([FrameStore(tmp_path / "bare")])
 
 
-def test_pseudo_count_with_the_most_correct_frames(tones):
+def test_pseudo_count_with_the_most_correct_frames(tones, tmp_path):
     def network(frames):
         return log_posteriors(tones.model, frames, LEFT, RIGHT)
 
     mean = np.asarray(tones.inputs.normalisation.training_mean)
-    best, counts = choose_pseudo_count(network, tones.store, tones.targets, list(tones.words), mean, (0.0, 100.0, math.inf))
+    halves = []
+    for number in range(2):  # the speakers may be in several splits; in the second the features of an utterance without states
+        stores = []
+        for name, store in (("features", tones.store), ("states", tones.targets)):
+            with FrameWriter(tmp_path / f"{name}{number}", store.frames.shape[1:], store.frames.dtype, store.attributes) as writer:
+                for utt_id in store.utt_ids[number::2]:
+                    writer.append(utt_id, store[utt_id])
+            stores.append(FrameStore(tmp_path / f"{name}{number}"))
+        halves.append((stores[0], stores[1]))
+    best, counts = choose_pseudo_count(network, halves, [*tones.words, "without-states"], mean, (0.0, 100.0, math.inf))
     for pseudo_count, count in counts.items():
         correct = sum(int((network(MeanNormalisation(tuple(mean), pseudo_count)(raw_features(tones.store, u))).argmax(1) == tones.targets[u]).sum())
                       for u in tones.words)

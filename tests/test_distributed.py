@@ -272,3 +272,34 @@ def test_training_goes_on_after_one_of_two_processes_was_killed(tmp_path: Path) 
     for number in range(2):
         for one, two in zip(alone.parameters(), Ensemble.load(tmp_path / f"networks{number}").parameters(), strict=True):
             torch.testing.assert_close(one, two, rtol=0, atol=1e-3)
+
+
+RESUMING = """
+    import time
+    from test_training import SETTINGS, SHAPE, Ensemble, load, replace, train, training
+    from asr_kd.distributed import rank
+    resume = training._Trainer._resume
+    def late(self):
+        time.sleep(2 * rank())
+        resume(self)
+        (folder / f"resumed{rank()}").write_text(str(self.step))
+    training._Trainer._resume = late
+    data, heldout = load(folder / "train", tuple("abcdef")), load(folder / "heldout", tuple("xyz"))
+    train(Ensemble(replace(SHAPE, dropout=0.0), [1, 2]), data, heldout, folder / "out", SETTINGS, seed=7)
+    if rank() == 0:
+        (folder / "out" / "checkpoint.pt").unlink()  # as the stage does when it has written the networks
+"""
+
+
+def test_a_process_that_is_late_to_a_finished_checkpoint_finds_it(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from test_training import SETTINGS, SHAPE, make_data
+
+    from asr_kd.ensemble import Ensemble
+    from asr_kd.training import train
+
+    data, heldout = make_data(tmp_path / "train", 1), make_data(tmp_path / "heldout", 2, ("x", "y", "z"))
+    last = train(Ensemble(replace(SHAPE, dropout=0.0), [1, 2]), data, heldout, tmp_path / "out", SETTINGS, seed=7).curves[-1]["step"]
+    ok(together(RESUMING, tmp_path))
+    assert [int((tmp_path / f"resumed{number}").read_text()) for number in range(2)] == [last, last]

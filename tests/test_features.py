@@ -217,17 +217,6 @@ def test_windows_are_those_of_a_slow_loop(tmp_path_factory: pytest.TempPathFacto
         np.testing.assert_array_equal(windows.utterance(name).numpy(), np.stack(expected[start:end]))
 
 
-def test_targets_are_joined_by_utterance_id(tmp_path: Path) -> None:
-    features = store_of(tmp_path / "f", {"x": np.zeros((3, 2), np.float16), "y": np.zeros((2, 2), np.float16)})
-    targets = store_of(tmp_path / "t", {"y": np.array([4, 5], np.int32), "z": np.array([9], np.int32), "x": np.array([1, 2, 3], np.int32)})
-    assert Windows(features).targets(targets).tolist() == [1, 2, 3, 4, 5]
-    short = store_of(tmp_path / "s", {"x": np.array([1, 2, 3], np.int32), "y": np.array([4], np.int32)})
-    with pytest.raises(AsrKdError, match=r"y: 1 targets in .* for 2 frames; run the stage"):
-        Windows(features).targets(short)
-    with pytest.raises(AsrKdError, match="y: not in"):
-        Windows(features).targets(store_of(tmp_path / "m", {"x": np.array([1, 2, 3], np.int32)}))
-
-
 def test_windows_refuse_what_does_not_fit_together(tmp_path: Path) -> None:
     one = store_of(tmp_path / "1", {"x": np.zeros((3, 2), np.float16)}, cmvn="speaker")
     with pytest.raises(AsrKdError, match=r"w: no features in .* \(2 utterances without\)"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from pretend_gpu import pretend_gpu
 from test_training import FEATURES, LEFT, NUM_STATES, RIGHT, SETTINGS, SHAPE, make_data
 
-from asr_kd import training
+from asr_kd import resumable_frames, training
 from asr_kd.ensemble import Ensemble
 from asr_kd.errors import AsrKdError
 from asr_kd.frame_data import FrameData, StreamedFrames, epoch_frames, input_statistics, load_ahead, load_frame_data
@@ -53,7 +54,7 @@ def test_an_epoch_holds_every_frame_once_in_an_order_of_its_own(data: FrameData,
     source, orders = streamed(tmp_path), []
     for epoch in (0, 1, 0):
         seen: list[tuple[str, int]] = []
-        for part in source.parts(7, epoch, "one"):
+        for part in source.parts(7, epoch):
             part_data, frames = part.load()
             assert part.num_frames == len(frames) == part_data.num_frames
             assert 300 <= part.num_frames <= 1000
@@ -73,7 +74,7 @@ def test_an_epoch_holds_every_frame_once_in_an_order_of_its_own(data: FrameData,
 def test_a_streamed_epoch_takes_one_speed_variant_of_each_utterance(tmp_path: Path) -> None:
     utt_ids = tuple(prefix + utt_id for prefix in ("", "sp0.9-", "sp1.1-") for utt_id in UTT_IDS)
     make_data(tmp_path, 1, utt_ids)
-    drawn = [[utt_id for part in streamed(tmp_path, utt_ids).parts(1, epoch, "one") for utt_id in part.load()[0].utt_ids] for epoch in range(2)]
+    drawn = [[utt_id for part in streamed(tmp_path, utt_ids).parts(1, epoch) for utt_id in part.load()[0].utt_ids] for epoch in range(2)]
     for utterances in drawn:
         assert sorted(utt_id.rpartition("-")[2] for utt_id in utterances) == sorted(UTT_IDS)
     assert drawn[0] != drawn[1]
@@ -84,7 +85,7 @@ def test_ids_that_begin_like_those_of_speed_copies_are_utterances_of_their_own(t
     data = make_data(tmp_path, 1, utt_ids)
     for epoch in range(5):
         assert {"sp2-0001", "sp3-0001"} < set(data.utterances_of(epoch_frames(data, 1, epoch)))
-        assert len(epoch_frames(data, 1, epoch)) == sum(part.num_frames for part in streamed(tmp_path, utt_ids).parts(1, epoch, "one")) == 300
+        assert len(epoch_frames(data, 1, epoch)) == sum(part.num_frames for part in streamed(tmp_path, utt_ids).parts(1, epoch)) == 300
 
 
 def test_speed_copies_without_their_originals_are_known_by_their_stores(tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_speed_copies_without_their_originals_are_known_by_their_stores(tmp_path
     seen: set[str] = set()
     for epoch in range(10):
         in_memory = data.utterances_of(epoch_frames(data, 1, epoch))
-        from_disk = [utt_id for part in source.parts(1, epoch, "one") for utt_id in part.load()[0].utt_ids]
+        from_disk = [utt_id for part in source.parts(1, epoch) for utt_id in part.load()[0].utt_ids]
         for drawn in (in_memory, from_disk):
             assert sorted(utt_id.split("-", 1)[1] for utt_id in drawn) == ["a", "b", "sp1-a"]
         seen.update(in_memory, from_disk)
@@ -141,8 +142,6 @@ def test_streamed_training_that_was_cut_goes_on_with_the_same_result(data: Frame
         record = SoftTargetRecord(2.0, "arithmetic", NUM_STATES, "t", "f", "s")
         teachers = Ensemble(SHAPE, [1, 2])
         extract(teachers, source, tmp_path / "soft", record, seed=0, device=CPU, bytes_per_frame=16)
-        extract(teachers, data, tmp_path / "soft_of_all", record, seed=0, device=CPU, bytes_per_frame=16)
-        assert (tmp_path / "soft" / "frames.npy").read_bytes() == (tmp_path / "soft_of_all" / "frames.npy").read_bytes()
         soft_targets = SoftTargetStore(tmp_path / "soft", source, record, CPU) if form == "compact" else OnTheFlyTargets(teachers, source, 2.0)
     settings = replace(SETTINGS, checkpoint_interval_s=0.0)
     whole, cut = Ensemble(SHAPE, [3]), Ensemble(SHAPE, [3])
@@ -164,11 +163,46 @@ def test_streamed_training_that_was_cut_goes_on_with_the_same_result(data: Frame
     assert train(Ensemble(SHAPE, [3]), source, heldout, tmp_path / "cut", settings, seed=7, soft_targets=soft_targets) == expected
 
 
+@pytest.mark.parametrize("form", ["dense", "compact", "sparse"])
+def test_soft_targets_of_streamed_frames_are_those_of_frames_in_memory(data: FrameData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Form) -> None:
+    monkeypatch.setattr(resumable_frames, "CHUNK_FRAMES", 300)
+    record = SoftTargetRecord(2.0, "arithmetic", NUM_STATES, "t", "f", "s")
+    rows_asked_for = []
+    gather = StreamedFrames.gather
+    monkeypatch.setattr(StreamedFrames, "gather", lambda self, frames: (rows_asked_for.append(len(frames)), gather(self, frames))[1])
+    for name, frames in (("streamed", streamed(tmp_path)), ("in_memory", data)):
+        extract(Ensemble(SHAPE, [1, 2]), frames, tmp_path / name, record, seed=0, device=CPU, form=form, bytes_per_frame=16)
+    assert (tmp_path / "streamed" / "frames.npy").read_bytes() == (tmp_path / "in_memory" / "frames.npy").read_bytes()
+    assert len(rows_asked_for) == (8 if form == "compact" else 0)  # passes over the sample: it alone is read window by window
+
+
+def test_parts_that_are_over_are_not_kept(data: FrameData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heldout, source = make_data(tmp_path / "heldout", 2, ("x", "y", "z")), streamed(tmp_path)
+    parts: list[weakref.ref[FrameData]] = []
+    alive = []
+    read, step = StreamedFrames._read, training._Trainer._step
+
+    def reading(self: StreamedFrames, positions: np.ndarray) -> FrameData:
+        part = read(self, positions)
+        parts.append(weakref.ref(part))
+        return part
+
+    def stepping(self: training._Trainer, batch: torch.Tensor) -> None:
+        alive.append(sum(part() is not None for part in parts))
+        step(self, batch)
+
+    monkeypatch.setattr(StreamedFrames, "_read", reading)
+    monkeypatch.setattr(training._Trainer, "_step", stepping)
+    train(Ensemble(SHAPE, [3]), source, heldout, tmp_path / "out", SETTINGS, seed=7)
+    assert len(parts) >= 6
+    assert max(alive) == 2  # the present one and the next
+
+
 def test_a_store_in_parts_gives_the_targets_of_the_whole(data: FrameData, tmp_path: Path) -> None:
     record = SoftTargetRecord(2.0, "arithmetic", NUM_STATES, "t", "f", "s")
     extract(Ensemble(SHAPE, [1, 2]), data, tmp_path / "soft", record, seed=0, device=CPU, bytes_per_frame=16)
     store = SoftTargetStore(tmp_path / "soft", data, record, CPU)
-    part, frames = streamed(tmp_path).parts(7, 0, "one")[1].load()
+    part, frames = streamed(tmp_path).parts(7, 0)[1].load()
     own = [100 * UTT_IDS.index(utt_id) + frame for utt_id in part.utt_ids for frame in range(100)]
     assert torch.equal(store.of(part).batch(frames), store.batch(torch.tensor(own)[frames]))
 
@@ -199,7 +233,7 @@ def test_streamed_training_on_a_gpu_gives_the_same_and_holds_targets_of_parts_al
     with pretend_gpu() as gpu:
         there, store = trained(gpu)
         assert store._records is None  # never those of the whole corpus
-        part = store.of(streamed(tmp_path, device=gpu).parts(7, 0, "one")[0].load()[0])
+        part = store.of(streamed(tmp_path, device=gpu).parts(7, 0)[0].load()[0])
         assert part._records is not None
         assert part._records.device == gpu
     here, _ = trained(CPU)

@@ -103,9 +103,17 @@ def test_damaged_stores_are_refused(tmp_path: Path) -> None:
     np.save(tmp_path / "frames.npy", np.array([{}] * 305), allow_pickle=True)
     with pytest.raises(AsrKdError, match="not readable"):
         FrameStore(tmp_path)
+    (tmp_path / "frames.npy").write_bytes(b"")
+    with pytest.raises(AsrKdError, match="not readable"):
+        FrameStore(tmp_path)
     (tmp_path / "frames.npy").unlink()
     with pytest.raises(AsrKdError, match="not readable"):
         FrameStore(tmp_path)
+    (tmp_path / "frames.npy").write_bytes(content)
+    for damaged in ({}, [], {**index, "lengths": None}):
+        write_json(tmp_path / "index.json", damaged)
+        with pytest.raises(AsrKdError, match=r"index.json: not an index of frames .*run the stage that writes it again"):
+            FrameStore(tmp_path)
 
 
 # a file size limit makes write() fail in the middle of a file, as a full disk does

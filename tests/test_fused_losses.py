@@ -46,7 +46,6 @@ def kernels_of_small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
     monkeypatch.setattr(fused_losses, "MAX_BLOCK", 4)
     monkeypatch.setattr(losses, "FUSED_DEVICES", (DEVICE,))
-    monkeypatch.setattr(losses, "EARLY_GRADIENT_ELEMENTS", 0)
     losses._working_kernels.cache_clear()
     yield fused_losses
     losses._working_kernels.cache_clear()
@@ -210,7 +209,6 @@ def test_the_kernels_compile_for_gpus_without_one(monkeypatch: pytest.MonkeyPatc
 def test_kernels_that_do_not_work_are_left_out_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here because compiled kernels cannot run on a CPU; on a GPU because there is no compiler, say."""
     monkeypatch.setattr(losses, "FUSED_DEVICES", ("cpu",))
-    monkeypatch.setattr(losses, "EARLY_GRADIENT_ELEMENTS", 0)
     losses._working_kernels.cache_clear()
     logits, soft = torch.randn(4, 9, generator=torch.Generator().manual_seed(0)).requires_grad_(), torch.full((4, 9), 1 / 9)
     expected = distillation_loss(logits, soft, temperature=2.0, fused=False)

@@ -252,6 +252,11 @@ def test_finished_training_is_not_repeated(data: FrameData, heldout: FrameData, 
     assert all(torch.equal(a, b) for a, b in zip(parameters_of(first), parameters_of(again), strict=True))
 
 
+def test_the_largest_seed_that_settings_allow(data: FrameData, heldout: FrameData, tmp_path: Path) -> None:
+    shape = replace(SHAPE, dropout=0.99)
+    train(Ensemble(shape, [10**18 + 1]), data, heldout, tmp_path, SETTINGS, seed=10**15)
+
+
 def test_checkpoint_of_other_settings_is_refused(data: FrameData, heldout: FrameData, tmp_path: Path) -> None:
     train(Ensemble(SHAPE, [1]), data, heldout, tmp_path, SETTINGS, seed=7)
     with pytest.raises(AsrKdError, match="other settings"):
@@ -327,8 +332,6 @@ def test_epoch_takes_one_speed_variant_of_each_utterance(tmp_path: Path) -> None
         assert sorted(utt_id.rsplit("-")[-1] for utt_id in chosen) == ["a", "b"]
         seen.update(chosen)
     assert seen == set(utt_ids)
-    assert sorted(epoch_frames(data, 1, 0, "all").tolist()) == list(range(600))
-    assert not torch.equal(epoch_frames(data, 1, 0, "all"), epoch_frames(data, 1, 1, "all"))
 
 
 def test_input_statistics_normalise_each_feature(data: FrameData) -> None:
