@@ -18,20 +18,16 @@ _CHUNK_ELEMENTS = 16_000_000  # logits of all members that are in memory at once
 
 
 @torch.no_grad()
-def log_posteriors(networks: Ensemble, windows: Windows, utt_ids: Sequence[str] | None = None, *, member: int | None = None,
-                   precision: str = "fp32") -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Yield (utt_id, (T, S) natural log posteriors), of one member or, by default, of the mean of all members' posteriors.
+def log_posteriors(networks: Ensemble, windows: Windows, utt_ids: Sequence[str] | None = None) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Yield (utt_id, (T, S) natural log posteriors), of the mean of all members' posteriors; matrix products in float32.
 
     Args:
         windows: on the networks' device.
         utt_ids: which utterances; all of `windows` by default.
-        member: of the ensemble; None is the mean over all.
-        precision: "fp32" or "bf16" matrix products; the softmax is float32.
     """
-    chosen = networks if member is None else Ensemble.of([networks.member(member)])
     for utt_id in windows.utt_ids if utt_ids is None else utt_ids:
-        with precision_context(precision, chosen.input_mean.device):
-            parts = [mean_log_posteriors(log_probs) for log_probs in _chunks(chosen, windows.utterance(utt_id))]
+        with precision_context("fp32", networks.input_mean.device):
+            parts = [mean_log_posteriors(log_probs) for log_probs in _chunks(networks, windows.utterance(utt_id))]
         yield utt_id, torch.cat(parts).cpu().numpy()
 
 

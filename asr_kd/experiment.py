@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,33 @@ def run(hparams: Path | str, overrides: Sequence[str] = (), sweep: bool = False)
         The path of report.html.
     """
     settings = load_settings(hparams, overrides)
-    results = run_experiment(settings, sweep)
     if rank() != 0:
+        run_experiment(settings, sweep)
         return settings.output / "report.html"
-    report = write_results(settings.output, results)
-    print(first_table(settings.output / "report.md"))
+    with alone_in(settings.output):
+        results = run_experiment(settings, sweep)
+        report = write_results(settings.output, results)
+    if results["splits"]:
+        print(first_table(settings.output / "report.md"))
     print(report)
     return report
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which ends with the process however that ends; `AsrKdError` where another run has it.
+
+    Two runs in one folder would each remove what the other has begun.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise AsrKdError(f"{folder}: another run works here; wait until it has ended or give another output_folder") from error
+        except OSError:
+            log.warning("%s: this file system has no locks; see to it that no other run works here", folder)
+        yield
 
 
 def run_experiment(settings: Settings, sweep: bool = False) -> dict[str, Any]:

@@ -6,18 +6,18 @@ below is optional, also inside a row (a system that was not decoded has no WER);
     splits: {split: {baseline|ensemble|distilled|control:
                  {frame_accuracy, wer, wer_ci95: [lo, hi], errors, words, substitutions, deletions, insertions,
                   real_time_factor, probability_better: P(lower WER than the baseline), probability_better_than_control: the student's},
-             members: [{frame_accuracy, wer?, ...}], gain_kept: {frame_accuracy, wer}}}
+             members: [{frame_accuracy, wer?, ...}], gain_kept: {frame_accuracy, wer},
+             bootstrap: {resampled: speakers|utterances, speakers: how many there are}}}
     stages: {stage: seconds}                settings: {key: value}
     decoding: {key: value}                  acoustic scale, word insertion penalty, ... as chosen on the tuning speakers
     curves: {teachers|distilled|control: {epoch: [e, ...], frame_accuracy: [[one value per member], ...],
                                           train_frame_accuracy: the same, optional}}   (None for a member that diverged)
     temperature_sweep: {split, rows: [{temperature, frame_accuracy, wer?, errors?, words?}]}
-    soft_targets: [{form, bytes_per_frame, frame_accuracy}]     what the sparse store costs
     errors: {split: {per_speaker: {speaker: {system: {errors, words, wer}}},
                      words: {substitutions: [[spoken, recognised, count]], deletions: [[word, count]], insertions: [[word, count]]},
                      phones: [{reference, predicted, frames, share}]}}                  words and phones: the student's
     calibration: {split: {system: {ece, bins: [{confidence, accuracy, frames}], nll?, brier?}}}      per frame, nll in nats
-    cost_of_normalisation: {split: {speaker|map|utterance|corpus: {wer, errors, words}}}
+    cost_of_normalisation: {split: {speaker|map|utterance: {wer, errors, words}}}
     exclusions: {split: {reason: count}}    utterances left out
     environment: {key: value}               versions, processor, threads
 """
@@ -67,7 +67,7 @@ def make_page(results: Results) -> Page:
     """Everything that the report says, before it becomes Markdown or HTML."""
     splits = results.get("splits", {})
     sections = [_split_section(split, rows) for split, rows in splits.items()]
-    sections += [_curves(results), _sweep(results), _errors(results), _calibration(results), _soft_targets(results), _normalisation(results),
+    sections += [_curves(results), _sweep(results), _errors(results), _calibration(results), _normalisation(results),
                  _exclusions(results), _stages(results), _settings(results)]
     first = next(iter(splits), None)
     return Page(title="Distilling an ensemble: results", kicker=_kicker(results, first),
@@ -135,7 +135,7 @@ def _tiles(rows: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         tiles.append(("Word error rate, student", f"{_percent(distilled['wer'], 1)} %",
                       f"single {_percent(baseline.get('wer'), 1)} · ensemble {_percent(ensemble.get('wer'), 1)}"))
     kept = rows.get("gain_kept", {}).get("frame_accuracy")
-    if kept is not None:
+    if kept is not None and ensemble.get("frame_accuracy", 0) > baseline.get("frame_accuracy", 0):
         tiles.append(("Gain kept, frame accuracy", f"{_percent(kept, 0)} %", "86 % in Hinton, Vinyals & Dean (2015)"))
     if "probability_better" in distilled:
         tiles.append(("P(student better than single)", f"{_percent(distilled['probability_better'], 1)} %", "by WER, paired bootstrap"))
@@ -157,6 +157,8 @@ def _split_section(split: str, rows: Mapping[str, Any]) -> Section:
                        "the ensemble needs for each of its members, comes on top. P(better): share "
                        "of paired bootstrap replicates in which the system's WER is below that of the single networks. For comparison, the paper's table 1: "
                        "frame accuracy 58.9, 61.1, 60.8 % and WER 10.9, 10.7, 10.7 % for single network, ensemble, student."))
+    if "bootstrap" in rows:
+        blocks.append(Note(_resampled(**rows["bootstrap"])))
     if any(measure in rows[system] for system in present for measure in ("frame_accuracy", "wer")):
         blocks.append(Figure(systems_figure(rows), "Rings: the members one by one. Wide bars: 95 % intervals of the WER."))
     if members:
@@ -164,6 +166,12 @@ def _split_section(split: str, rows: Mapping[str, Any]) -> Section:
                             [[str(k + 1), _percent(row.get("frame_accuracy"), 2), _percent(row.get("wer"), 1)] for k, row in enumerate(members)],
                             folded="Members one by one"))
     return Section(f"Results on {split}", blocks)
+
+
+def _resampled(resampled: str, speakers: int) -> str:
+    if resampled == "speakers":
+        return f"Bootstrap over {speakers} speakers: intervals and P(better) allow for other speakers."
+    return f"Bootstrap over utterances: intervals and P(better) are those of these {speakers} speakers, and say nothing about others."
 
 
 def _system_cells(system: str, rows: Mapping[str, Any]) -> list[str]:
@@ -265,14 +273,8 @@ def _calibration(results: Results) -> Section:
     return Section("Calibration", blocks)
 
 
-def _soft_targets(results: Results) -> Section:
-    rows = [[row["form"], f"{row['bytes_per_frame']:.0f}", _percent(row.get("frame_accuracy"), 2)]
-            for row in _with(results.get("soft_targets", []), "form", "bytes_per_frame")]
-    return Section("Storing the soft targets", [Table(["Form", "Bytes per frame", "Student's frame accuracy, %"], rows)] if rows else [])
-
-
 _MEANS = {"speaker": "Mean of the speaker, as in training", "map": "Mean of the utterance shrunk to the training mean (transcribe)",
-          "utterance": "Mean of the utterance", "corpus": "Mean of the training data"}
+          "utterance": "Mean of the utterance"}
 
 
 def _normalisation(results: Results) -> Section:

@@ -27,12 +27,10 @@ from asr_kd.frame_results import FrameResult, evaluate_frames
 from asr_kd.hmm.model import SIL, HmmModel
 from asr_kd.recognition import Decoded, Recogniser
 from asr_kd.report import write_report
-from asr_kd.score import WordErrors, gain_kept, per_speaker, pool, probability_better, score_split, system_row, top_confusions, word_confusions
+from asr_kd.score import WordErrors, gain_kept, per_speaker, pool, probability_better, resampled, score_split, system_row, top_confusions, word_confusions
 from asr_kd.settings import Settings
 from asr_kd.stage import Record, read_json, write_json
 from asr_kd.targets import Targets
-
-SINGLE_SYSTEMS = ("distilled", "control")
 
 
 @dataclass
@@ -86,6 +84,7 @@ def _score_split(split: str, windows: Windows, corpus: Corpus, targets: Targets,
     rows["distilled"]["probability_better_than_control"] = probability_better(words["distilled"], words["control"], speakers, seed)
     rows["members"] = [system_row(result.counts, words.get(f"member_{k}"), speakers=speakers, seed=seed) for k, result in enumerate(members)]
     rows["gain_kept"] = gain_kept(rows["baseline"], rows["ensemble"], rows["distilled"])
+    rows["bootstrap"] = {"resampled": resampled(pooled, speakers), "speakers": len({speakers[utt_id] for utt_id in pooled})}
 
     hypotheses = systems.decoded["distilled"][split].words
     confusions = word_confusions(references, hypotheses)

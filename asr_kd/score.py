@@ -12,7 +12,7 @@ WordErrors(substitutions=0, deletions=1, insertions=1, words=4)
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,16 +87,13 @@ def word_errors(reference: Words, hypothesis: Words) -> WordErrors:
     return _count(reference, next(_edits([reference], [hypothesis])))
 
 
-def score_split(references: Mapping[str, Words], hypotheses: Mapping[str, Words], *, missing_as_deletions: bool = False) -> dict[str, WordErrors]:
+def score_split(references: Mapping[str, Words], hypotheses: Mapping[str, Words]) -> dict[str, WordErrors]:
     """Word errors of every reference utterance, in the references' order.
-
-    Args:
-        missing_as_deletions: count an utterance that has no hypothesis as one with all words deleted, instead of raising.
 
     Raises:
         AsrKdError: an utterance has no hypothesis, or a hypothesis has no reference.
     """
-    aligned = _aligned(references, hypotheses, missing_as_deletions)
+    aligned = _aligned(references, hypotheses)
     return {utt_id: _count(references[utt_id], edits) for utt_id, edits in aligned}
 
 
@@ -109,10 +106,10 @@ class WordConfusions:
     insertions: Counter[str] = field(default_factory=Counter)
 
 
-def word_confusions(references: Mapping[str, Words], hypotheses: Mapping[str, Words], *, missing_as_deletions: bool = False) -> WordConfusions:
+def word_confusions(references: Mapping[str, Words], hypotheses: Mapping[str, Words]) -> WordConfusions:
     """Substituted pairs (reference word, recognised word), deleted and inserted words; arguments and errors as `score_split`."""
     confusions = WordConfusions()
-    for _, edits in _aligned(references, hypotheses, missing_as_deletions):
+    for _, edits in _aligned(references, hypotheses):
         for spoken, recognised in edits:
             if spoken and recognised:
                 confusions.substitutions.update(zip(spoken, recognised, strict=True))
@@ -288,15 +285,14 @@ def _count(reference: Words, edits: list[Edit]) -> WordErrors:
     return WordErrors(substitutions, deletions, insertions, len(reference))
 
 
-def _aligned(references: Mapping[str, Words], hypotheses: Mapping[str, Words], missing_as_deletions: bool) -> Iterator[tuple[str, list[Edit]]]:
+def _aligned(references: Mapping[str, Words], hypotheses: Mapping[str, Words]) -> Iterator[tuple[str, list[Edit]]]:
     missing = [utt_id for utt_id in references if utt_id not in hypotheses]
-    if missing and not missing_as_deletions:
+    if missing:
         raise AsrKdError(f"{missing[0]}: no hypothesis ({len(missing)} of {len(references)} utterances lack one); run the decode stage again")
     unknown = [utt_id for utt_id in hypotheses if utt_id not in references]
     if unknown:
         raise AsrKdError(f"{unknown[0]}: a hypothesis without a reference ({len(unknown)} such); score against the split that was decoded")
-    empty: Words = ()
-    return zip(references, _edits(list(references.values()), [hypotheses.get(utt_id, empty) for utt_id in references]), strict=True)
+    return zip(references, _edits(list(references.values()), [hypotheses[utt_id] for utt_id in references]), strict=True)
 
 
 def _same_utterances(one: Mapping[str, WordErrors], other: Mapping[str, WordErrors]) -> None:
@@ -305,12 +301,17 @@ def _same_utterances(one: Mapping[str, WordErrors], other: Mapping[str, WordErro
         raise AsrKdError(f"{min(differing)}: scored for one system only ({len(differing)} such); decode and score both systems on the same split")
 
 
+def resampled(utt_ids: Iterable[str], speakers: Mapping[str, str]) -> str:
+    """What bootstraps over these utterances draw: "speakers" where there are at least `MIN_SPEAKERS`, else "utterances"."""
+    return "speakers" if len({speakers[utt_id] for utt_id in utt_ids}) >= MIN_SPEAKERS else "utterances"
+
+
 def _blocks(counts: Mapping[str, Counts], speakers: Mapping[str, str] | None) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(numerators, denominators) of what is drawn, (B,) each: summed over each speaker, or one entry per utterance."""
     if not counts:
         raise AsrKdError("no utterances were scored; check the split's name and its exclusions")
     by_block = {utt_id: utt_id for utt_id in counts}
-    if speakers is not None and len({speakers[utt_id] for utt_id in counts}) >= MIN_SPEAKERS:
+    if speakers is not None and resampled(counts, speakers) == "speakers":
         by_block = {utt_id: speakers[utt_id] for utt_id in counts}
     position = {block: b for b, block in enumerate(dict.fromkeys(by_block.values()))}
     sums = np.zeros((len(position), 2), dtype=np.int64)

@@ -44,7 +44,7 @@ def direct_posteriors(networks: Ensemble, frames: np.ndarray) -> np.ndarray:
 def test_log_posteriors(features: FrameStore, networks: Ensemble, monkeypatch: pytest.MonkeyPatch, chunk_frames: int) -> None:
     monkeypatch.setattr(evaluation, "_CHUNK_ELEMENTS", chunk_frames * 15)
     windows = Windows(features, None, 2, 1)
-    mean, second = dict(log_posteriors(networks, windows)), dict(log_posteriors(networks, windows, ["a", "c"], member=1))
+    mean, second = dict(log_posteriors(networks, windows)), dict(log_posteriors(Ensemble.of([networks.member(1)]), windows, ["a", "c"]))
     assert list(mean) == ["a", "b", "c"]
     assert list(second) == ["a", "c"]
     for utt_id in LENGTHS:

@@ -130,6 +130,18 @@ def test_hessian_by_torch_func() -> None:
     torch.testing.assert_close(hessian[0, :, 0], q.diag() - q.outer(q))  # d/dz of T * (q - p) is diag(q) - q q'
 
 
+def test_forward_mode_derivative_by_torch_func() -> None:
+    logits, soft, hard = random_case((4, 5))
+    along = torch.linspace(-1, 1, 20).view(4, 5)
+
+    def loss(z: Tensor) -> Tensor:
+        return distillation_loss(z, soft, hard, temperature=2.0)
+
+    value, slope = torch.func.jvp(loss, (logits.detach(),), (along,))
+    torch.testing.assert_close(value, loss(logits).detach())
+    torch.testing.assert_close(slope, (torch.autograd.grad(loss(logits), logits)[0] * along).sum())
+
+
 def distributed_gradients(rank: int, folder: str) -> None:
     """One of two processes: its half of the batch, gradients averaged by DistributedDataParallel."""
     torch.set_num_threads(1)

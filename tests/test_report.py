@@ -33,7 +33,6 @@ def complete():
                    "distilled": {"epoch": [1, 2], "frame_accuracy": [[None], [0.47]]}},
         "temperature_sweep": {"split": "dev-mini", "rows": [{"temperature": 1.0, "frame_accuracy": 0.47, "wer": 0.25},
                                                            {"temperature": 2.0, "frame_accuracy": 0.4737}]},
-        "soft_targets": [{"form": "dense float16", "bytes_per_frame": 2400, "frame_accuracy": 0.4739}],
         "errors": {"dev-mini": {"per_speaker": {"1272": rates, "84": rates}, "phones": [{"reference": "a$1", "predicted": "b$2", "frames": 31, "share": 0.11}],
                                 "words": {"substitutions": [["AND", "IN", 31]], "deletions": [["A", 30]], "insertions": []}}},
         "calibration": {"dev-mini": {"ensemble": {"ece": 0.031, "bins": bins, "nll": 2.0345, "brier": 0.7}, "distilled": {"ece": 0.02, "bins": bins}}},
@@ -119,6 +118,21 @@ def test_headline(results):
     assert "no gain to keep" in headline("dev-mini", rows)
     rows["ensemble"]["wer"], rows["gain_kept"]["wer"] = 0.24, -0.3
     assert "keeps none (-30 %) of the ensemble's gain in word error rate" in headline("dev-mini", rows)
+
+
+def test_what_was_resampled_is_said(results, tmp_path):
+    rows = results["splits"]["dev-mini"]
+    rows["bootstrap"] = {"resampled": "utterances", "speakers": 4}
+    assert "of these 4 speakers, and say nothing about others" in write_report(tmp_path, results).read_text()
+    rows["bootstrap"] = {"resampled": "speakers", "speakers": 40}
+    assert "Bootstrap over 40 speakers" in write_report(tmp_path, results).read_text()
+
+
+def test_no_share_is_kept_of_a_gain_that_there_is_not(results):
+    rows = results["splits"]["dev-mini"]
+    assert "Gain kept, frame accuracy" in [tile[0] for tile in make_page(results).tiles]
+    rows["ensemble"]["frame_accuracy"] = rows["baseline"]["frame_accuracy"] - 0.01
+    assert "Gain kept, frame accuracy" not in [tile[0] for tile in make_page(results).tiles]
 
 
 def test_every_part_is_optional(results, tmp_path):
