@@ -14,6 +14,10 @@ from torchaudio.transforms import Resample
 
 from asr_kd.errors import AsrKdError
 
+MIN_SAMPLE_RATE = 1000
+"""Hz; a header with less is damaged."""
+_UNREADABLE = (OSError, TypeError, ValueError, soundfile.SoundFileError)  # TypeError: headerless audio, .raw
+
 
 def read_audio(path: Path | str, sample_rate: int = 16000, speed: float = 1.0) -> NDArray[np.float32]:
     """Samples in [-1, 1], (N,), channels averaged, resampled to `sample_rate`.
@@ -24,14 +28,13 @@ def read_audio(path: Path | str, sample_rate: int = 16000, speed: float = 1.0) -
         speed: 0.9 plays slower and deeper (N / 0.9 samples), as `sox speed` and Kaldi's speed perturbation do.
 
     Raises:
-        AsrKdError: the file is missing, unreadable, holds no samples, or NaN.
+        AsrKdError: the file is missing, unreadable, below `MIN_SAMPLE_RATE`, holds no samples, or NaN.
     """
     try:
         channels, file_rate = soundfile.read(path, dtype="float32", always_2d=True)  # (N, channels)
-    except (OSError, soundfile.SoundFileError) as error:
+    except _UNREADABLE as error:
         raise _unreadable(path, error) from error
-    if len(channels) == 0:
-        raise AsrKdError(f"{path}: no samples; replace the file or leave the utterance out")
+    _check_header(path, len(channels), file_rate)
     samples: NDArray[np.float32] = channels.mean(axis=1, dtype=np.float32) if channels.shape[1] > 1 else channels[:, 0]  # (N,)
     if not np.isfinite(samples).all():
         raise AsrKdError(f"{path}: NaN or infinity among the samples; replace the file or leave the utterance out")
@@ -42,14 +45,13 @@ def audio_duration_s(path: Path | str) -> float:
     """Duration by the file's header.
 
     Raises:
-        AsrKdError: the file is missing, unreadable or holds no samples.
+        AsrKdError: the file is missing, unreadable, below `MIN_SAMPLE_RATE`, or holds no samples.
     """
     try:
         header = soundfile.info(str(path))
-    except (OSError, soundfile.SoundFileError) as error:
+    except _UNREADABLE as error:
         raise _unreadable(path, error) from error
-    if header.frames <= 0:
-        raise AsrKdError(f"{path}: no samples; replace the file or leave the utterance out")
+    _check_header(path, header.frames, header.samplerate)
     return float(header.frames / header.samplerate)
 
 
@@ -74,8 +76,15 @@ def _resampler(from_rate: int, to_rate: int) -> torch.nn.Module:
     return module
 
 
+def _check_header(path: Path | str, num_samples: int, sample_rate: int) -> None:
+    if num_samples <= 0:
+        raise AsrKdError(f"{path}: no samples; replace the file or leave the utterance out")
+    if sample_rate < MIN_SAMPLE_RATE:
+        raise AsrKdError(f"{path}: sample rate {sample_rate} Hz, expected {MIN_SAMPLE_RATE} Hz or more; replace the file or leave the utterance out")
+
+
 def _unreadable(path: Path | str, error: Exception) -> AsrKdError:
     if not Path(path).is_file():
-        return AsrKdError(f"{path}: no such audio file; check the data folder and the manifest's wav column")
+        return AsrKdError(f"{path}: no such audio file; check the path")
     reason = str(error).split(": ", 1)[-1].rstrip(". ")
     return AsrKdError(f"{path}: not readable as audio ({reason}); replace the file or leave the utterance out")

@@ -43,7 +43,23 @@ def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str] |
     except BrokenPipeError:  # `asr-kd ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (OSError, MemoryError, RuntimeError) as error:
+        advice = _advice(error)
+        if debug or advice is None:
+            raise
+        print(f"asr-kd: {advice}", file=sys.stderr)
+        return 2
     return 0
+
+
+def _advice(error: Exception) -> str | None:
+    """One line for a file or a machine that does not serve; None for what is a mistake of the program."""
+    reason = (str(error) or "exhausted").splitlines()[0]
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or reason}; check the path, its permissions and free space"
+    if isinstance(error, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason:  # torch raises RuntimeError
+        return f"memory: {reason}; lower batch_frames, hidden_units or num_teachers"
+    return None
 
 
 def _in_process_group(command: Callable[[Sequence[str]], None], words: Sequence[str]) -> None:

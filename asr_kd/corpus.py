@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from asr_kd.errors import AsrKdError
 from asr_kd.g2p import complete_lexicon
 from asr_kd.lexicon import Lexicon, read_lexicon
 from asr_kd.lm import estimate_kneser_ney, read_vocabulary, write_arpa
-from asr_kd.manifest import Utterance, check_unique, find_split, load_split, read_manifest, write_exclusions, write_manifest
+from asr_kd.manifest import Utterance, check_unique, files_below, find_split, load_split, read_manifest, write_exclusions, write_manifest
 from asr_kd.settings import Settings, split_name
 from asr_kd.stage import Record, file_fingerprint, fingerprint, run_stage
 
@@ -29,7 +28,7 @@ class Corpus:
         tuning: ids of the held-out speakers of the training splits, on whom every choice is made.
         evaluation: names of the splits that are reported.
         data_folder: where the audio is.
-        fingerprint: identifies the manifests.
+        fingerprints: split -> identifies its transcripts and audio.
     """
 
     splits: dict[str, list[Utterance]]
@@ -37,7 +36,7 @@ class Corpus:
     tuning: list[str]
     evaluation: list[str]
     data_folder: Path
-    fingerprint: str
+    fingerprints: dict[str, str]
 
     @property
     def words(self) -> dict[str, tuple[str, ...]]:
@@ -49,11 +48,6 @@ class Corpus:
         """Speaker of every utterance."""
         return {utterance.utt_id: utterance.spk_id for utterances in self.splits.values() for utterance in utterances}
 
-    @property
-    def durations_s(self) -> dict[str, float]:
-        """Length of every utterance in seconds."""
-        return {utterance.utt_id: utterance.duration_s for utterances in self.splits.values() for utterance in utterances}
-
 
 @dataclass(frozen=True)
 class Text:
@@ -62,12 +56,17 @@ class Text:
     Attributes:
         lexicon: pronunciations, generated ones included.
         arpa: path of the n-gram language model.
-        fingerprint: identifies both.
+        fingerprint: identifies both, for the decoder; an alignment depends on less, see `pronunciations_fingerprint`.
     """
 
     lexicon: Lexicon
     arpa: Path
     fingerprint: str
+
+    def pronunciations_fingerprint(self, transcripts: Iterable[Sequence[str]]) -> str:
+        """Identifies what an alignment of these transcripts takes from the lexicon: their words' pronunciations, and the phones."""
+        words = sorted({word for words in transcripts for word in words if word in self.lexicon})
+        return fingerprint([self.lexicon.phones, [(word, self.lexicon[word]) for word in words]])
 
 
 def prepare_corpus(settings: Settings, data_folder: Path) -> tuple[Corpus, Record]:
@@ -77,8 +76,6 @@ def prepare_corpus(settings: Settings, data_folder: Path) -> tuple[Corpus, Recor
         AsrKdError: no such split, an utterance id in two splits, or a tuning speaker who is not in the training splits.
     """
     names = {split: split_name(split) for split in (*settings.train_splits, *settings.dev_splits, *settings.test_splits)}
-    if len(set(names.values())) < len(names):
-        raise AsrKdError(f"splits {', '.join(names)}: two have the same name; rename a manifest")
 
     def work(folder: Path) -> None:
         for split, name in names.items():
@@ -87,7 +84,7 @@ def prepare_corpus(settings: Settings, data_folder: Path) -> tuple[Corpus, Recor
             write_exclusions(folder / f"{name}.excluded.csv", exclusions)
 
     folder = settings.output / "manifests"
-    inputs = {name: _transcripts_fingerprint(split, data_folder) for split, name in names.items()}
+    inputs = {name: _speech_fingerprint(split, data_folder) for split, name in names.items()}
     record = run_stage("manifests", folder, {"data_folder": data_folder, "splits": names}, inputs, work)
     splits = {name: read_manifest(folder / f"{name}.csv") for name in names.values()}
     check_unique(utterance for utterances in splits.values() for utterance in utterances)
@@ -103,7 +100,8 @@ def prepare_corpus(settings: Settings, data_folder: Path) -> tuple[Corpus, Recor
     evaluation = [names[split] for split in (*settings.dev_splits, *settings.test_splits)]
     log.info("corpus: %d utterances to train on, %d for tuning (speakers %s), %s", len(train), len(tuning), ", ".join(sorted(tuning_speakers)),
              ", ".join(f"{len(splits[name])} in {name}" for name in evaluation))
-    return Corpus(splits, train, tuning, evaluation, data_folder, record.fingerprint), record
+    fingerprints = {name: fingerprint([data_folder, split, inputs[name]]) for split, name in names.items()}
+    return Corpus(splits, train, tuning, evaluation, data_folder, fingerprints), record
 
 
 def choose_tuning_speakers(utterances: Sequence[Utterance], share: float = 0.05) -> set[str]:
@@ -132,34 +130,34 @@ def prepare_text(settings: Settings, corpus: Corpus, lexicon_paths: Sequence[Pat
 
     Without `arpa` and `lm_text` the language model is estimated from the training transcripts. Where pronunciations are generated, all words of
     the language model get one: which words can be recognised must not depend on the transcripts of the reported splits.
+
+    Raises:
+        AsrKdError: lexicon or language model cannot be read, differ in case from each other or from the transcripts, or share no word.
     """
     folder = settings.output / "text"
-    use_g2p = settings.unknown_words == "g2p"
-    lm_words = _lm_words(corpus, arpa, lm_text) if use_g2p else set()
-    lacking = read_lexicon(lexicon_paths, settings.strip_stress).missing(lm_words) if lm_words else []
 
     def work(folder: Path) -> None:
         utterances = [utterance for split in corpus.splits.values() for utterance in split]
-        extended, generated, exclusions = complete_lexicon(read_lexicon(lexicon_paths, settings.strip_stress), utterances, use_g2p, lm_words)
+        sentences = _sentences(corpus, lm_text) if arpa is None else []
+        lm_words = set(read_vocabulary(arpa)) if arpa is not None else {word for sentence in sentences for word in sentence}
+        lexicon = read_lexicon(lexicon_paths, settings.strip_stress)
+        extended, generated, exclusions = complete_lexicon(lexicon, utterances, settings.unknown_words == "g2p", lm_words)
+        if not any(word in extended for word in lm_words):
+            raise AsrKdError(f"{arpa or lm_text or 'training transcripts'}: none of the {len(lm_words)} words (such as {min(lm_words, default='')!r}) is among "
+                             f"the {len(extended)} of the lexicon (such as {min(extended)!r}), expected words in common; give both for the same language")
         extended.write(folder / "lexicon.txt")
         generated.write(folder / "lexicon_generated.txt")
         write_exclusions(folder / "without_pronunciation.csv", exclusions)
         if arpa is None:
-            write_arpa(estimate_kneser_ney(_sentences(corpus, lm_text), settings.lm_order), folder / "lm.arpa")
+            write_arpa(estimate_kneser_ney(sentences, settings.lm_order), folder / "lm.arpa")
 
-    inputs = {"manifests": corpus.fingerprint} | {f"lexicon {n}": file_fingerprint(path) for n, path in enumerate(lexicon_paths)}
+    inputs = {"manifests": fingerprint(corpus.fingerprints)} | {f"lexicon {n}": file_fingerprint(path) for n, path in enumerate(lexicon_paths)}
     inputs |= {name: file_fingerprint(path) for name, path in (("lm", arpa), ("lm_text", lm_text)) if path is not None}
-    inputs |= {"lm_words": fingerprint(lacking)} if lacking else {}
+    inputs |= {"lm_text": fingerprint(corpus.train)} if arpa is None and lm_text is None else {}
     choices = {"strip_stress": settings.strip_stress, "unknown_words": settings.unknown_words, "lm_order": settings.lm_order if arpa is None else None}
     record = run_stage("text", folder, choices, inputs, work)
-    return Text(read_lexicon([folder / "lexicon.txt"]), arpa or folder / "lm.arpa", record.fingerprint), record
-
-
-def _lm_words(corpus: Corpus, arpa: Path | None, lm_text: Path | None) -> set[str]:
-    """Words of the language model; none where it is estimated from the training transcripts, which are pronounced anyway."""
-    if arpa is not None:
-        return set(read_vocabulary(arpa))
-    return {word for sentence in _sentences(corpus, lm_text) for word in sentence} if lm_text is not None else set()
+    lexicon, lm = folder / "lexicon.txt", arpa or folder / "lm.arpa"
+    return Text(read_lexicon([lexicon]), lm, fingerprint([file_fingerprint(lexicon), inputs["lm"] if arpa else file_fingerprint(lm)])), record
 
 
 def _sentences(corpus: Corpus, lm_text: Path | None) -> list[list[str]]:
@@ -167,22 +165,19 @@ def _sentences(corpus: Corpus, lm_text: Path | None) -> list[list[str]]:
         words = corpus.words
         return [list(words[utt_id]) for utt_id in corpus.train]
     try:
-        return [line.split() for line in lm_text.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise AsrKdError(f"{lm_text}: not readable as text ({error}); check lm_text") from error
+        return [line.split() for line in lm_text.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise AsrKdError(f"{lm_text}: not readable as text ({error}); save it as UTF-8") from error
+    except OSError as error:
+        raise AsrKdError(f"{lm_text}: not readable as text ({error.strerror}); check lm_text") from error
 
 
-def _transcripts_fingerprint(split: str, data_folder: Path) -> str:
-    """Identifies a split's transcripts and which audio files belong to them, without reading the audio."""
+def _speech_fingerprint(split: str, data_folder: Path) -> str:
+    """Identifies a split's transcripts and audio by path, size and time of the last change of each file, without reading the audio."""
     path = find_split(split, data_folder)
     if path.is_file():
         return fingerprint([file_fingerprint(path), [_file_state(utterance.wav) for utterance in read_manifest(path, data_folder)]])
-    digest = hashlib.sha256()
-    for file in sorted(path.glob("*/*/*")):
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        if file.name.endswith(".trans.txt"):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
+    return fingerprint([[file.relative_to(path), *_file_state(file)[1:]] for file in files_below(path)])
 
 
 def _file_state(path: Path) -> list[object]:

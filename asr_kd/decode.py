@@ -196,17 +196,6 @@ def real_time_factor(hypotheses: Mapping[str, Hypothesis], frame_shift_ms: float
     return sum(hypothesis.decode_s for hypothesis in hypotheses.values()) / audio_s
 
 
-def smoothed_log_priors(counts: ArrayLike, pseudo_count: float = 1.0) -> NDArray[np.float32]:
-    """(S,) log priors from (S,) frame counts; `pseudo_count` is added to each, so that a state never seen stays finite.
-
-    >>> np.exp(smoothed_log_priors([0, 7])).round(3).tolist()
-    [0.111, 0.889]
-    """
-    smoothed = np.asarray(counts, np.float64) + pseudo_count
-    log_priors: NDArray[np.float32] = np.log(smoothed / smoothed.sum()).astype(np.float32)
-    return log_priors
-
-
 @dataclass(frozen=True)
 class Tuning:
     """The best settings, and the word errors of each that was tried."""

@@ -11,18 +11,16 @@ lists of words that cannot be recognised, `words_without_pronunciation.txt` and 
 
 from __future__ import annotations
 
-import gzip
 import logging
 import math
 import os
-import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import kaldifst
 import kaldilm
@@ -47,17 +45,15 @@ _SPECIAL = ("<eps>", "#0", "<s>", "</s>")
 
 @dataclass(frozen=True)
 class GraphSettings:
-    """Choices in the graph.
+    """Choices in the graph. A word's n pronunciations share its probability evenly (cost log n each).
 
     Attributes:
         transition_scale: factor on the log transition probabilities; like Kaldi's self-loop scale it is near the acoustic scale.
         silence_probability: probability of silence between words; None takes the one the HMM learned.
-        variants: "uniform" shares a word's probability among its n pronunciations (cost log n); "free" costs nothing.
     """
 
     transition_scale: float = 0.1
     silence_probability: float | None = None
-    variants: Literal["uniform", "free"] = "uniform"
 
 
 @dataclass(frozen=True)
@@ -80,20 +76,22 @@ def build_graph(lexicon: Lexicon, arpa: Path | str, hmm: HmmModel, folder: Path 
         settings: see `GraphSettings`.
 
     Raises:
-        AsrKdError: cut-off ARPA, no word in common, phones the HMM does not have, or a full disk.
+        AsrKdError: cut-off or malformed ARPA, no word in common, phones the HMM does not have, or a full disk.
     """
     folder = Path(folder)
     settings = settings or GraphSettings()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / INFO).unlink(missing_ok=True)
-    vocabulary = read_vocabulary(arpa)
-    words = [word for word in vocabulary if word in lexicon and word not in _SPECIAL]
-    left_out = _report_left_out(folder, vocabulary, lexicon, len(words))
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".build.part-") as scratch:
-            word_table = Path(scratch) / WORDS
+            plain, word_table = Path(scratch) / "lm.arpa", Path(scratch) / WORDS
+            with open(plain, "w", encoding="utf-8") as copy:
+                vocabulary = read_vocabulary(arpa, copy)
+            words = [word for word in vocabulary if word in lexicon and word not in _SPECIAL]
+            left_out = _report_left_out(folder, vocabulary, lexicon, len(words))
             word_table.write_text("".join(f"{word} {index}\n" for index, word in enumerate(_symbols(words))), encoding="utf-8")
-            grammar = compile_grammar(Path(arpa), word_table, Path(scratch))
+            grammar = compile_grammar(plain, word_table)
+            plain.unlink()
             first_disambig = len(hmm.phones) + 1
             lexicon_fst = lexicon_fst_text(lexicon, words, hmm, settings)
             lg = _compose_lexicon(lexicon_fst, grammar, first_disambig, len(words) + 1)
@@ -145,7 +143,7 @@ def lexicon_fst_text(lexicon: Lexicon, words: Sequence[str], hmm: HmmModel, sett
     if not 0 < silence_probability < 1:
         raise AsrKdError(f"graph: silence probability {silence_probability:g}, expected a value between 0 and 1; change the settings")
     no_silence, silence = -math.log1p(-silence_probability), -math.log(silence_probability)
-    entries = _entries(lexicon, words, hmm.phones, settings.variants)
+    entries = _entries(lexicon, words, hmm.phones)
     first_disambig = len(hmm.phones) + 1
     numbers = disambiguation_numbers([phones for _, phones, _ in entries])
     silence_symbol = first_disambig + max(numbers, default=0) + 1
@@ -185,15 +183,14 @@ def _symbols(words: Sequence[str]) -> list[str]:
     return ["<eps>", *words, "#0", "<s>", "</s>"]
 
 
-def _entries(lexicon: Lexicon, words: Sequence[str], phones: Sequence[str], variants: str) -> list[tuple[int, tuple[int, ...], float]]:
+def _entries(lexicon: Lexicon, words: Sequence[str], phones: Sequence[str]) -> list[tuple[int, tuple[int, ...], float]]:
     """Word label, phone ids and cost of every pronunciation."""
     phone_ids = {phone: index + 1 for index, phone in enumerate(phones)}
     unknown = sorted({phone for word in words for variant in lexicon[word] for phone in variant if phone not in phone_ids})
     if unknown:
         raise AsrKdError(f"lexicon: phones {' '.join(unknown[:10])} are not among the {len(phones)} phones of the HMM; "
                          "use the lexicon that the HMM was trained with")
-    cost: Callable[[int], float] = math.log if variants == "uniform" else lambda count: 0.0
-    return [(label, tuple(phone_ids[phone] for phone in variant), cost(len(lexicon[word])))
+    return [(label, tuple(phone_ids[phone] for phone in variant), math.log(len(lexicon[word])))
             for label, word in enumerate(words, start=1) for variant in lexicon[word]]
 
 
@@ -211,16 +208,10 @@ def _report_left_out(folder: Path, vocabulary: Sequence[str], lexicon: Lexicon, 
     return {name: len(words) for name, words in lists.items()}
 
 
-def compile_grammar(arpa: Path, word_table: Path, scratch: Path) -> Any:
-    plain = scratch / "lm.arpa"
-    if arpa.suffix == ".gz":
-        with gzip.open(arpa, "rb") as packed, open(plain, "wb") as unpacked:
-            shutil.copyfileobj(packed, unpacked)
-    try:
-        with _native_messages_to(scratch / "arpa2fst.log"):
-            text = kaldilm.arpa2fst(str(plain if plain.exists() else arpa), disambig_symbol="#0", read_symbol_table=str(word_table), max_arpa_warnings=0)
-    except RuntimeError as error:
-        raise AsrKdError(f"{arpa}: not accepted as an ARPA language model ({str(error).strip().splitlines()[-1]}); check the file") from error
+def compile_grammar(plain: Path, word_table: Path) -> Any:
+    """G from the copy that `read_vocabulary` made of an ARPA file; what kaldilm does not accept would abort the process. A log is left beside it."""
+    with _native_messages_to(plain.with_name("arpa2fst.log")):
+        text = kaldilm.arpa2fst(str(plain), disambig_symbol="#0", read_symbol_table=str(word_table), max_arpa_warnings=0)
     grammar = kaldifst.compile(text)
     kaldifst.arcsort(grammar, "ilabel")
     return grammar

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from asr_kd.errors import AsrKdError
 from asr_kd.stage import write_text
@@ -32,7 +32,7 @@ SILENCE_PHONE = "SIL"
 RESERVED_WORDS = frozenset({"<eps>", "<s>", "</s>", "#0"})  # the graph gives these a meaning of its own
 VARIANT = re.compile(r"(.+)\(\d+\)")  # CMUdict's READ(1), READ(2)
 STRESSED = re.compile(r"([A-Za-z]+)[0-2]")
-PROBABILITY = re.compile(r"(1(\.0*)?|0?\.\d+)([eE]-?\d+)?")  # Kaldi's lexiconp.txt
+PROBABILITY = re.compile(r"1(\.0*)?([eE]\+?0+)?|0?\.\d+([eE][-+]?\d+)?|\d(\.\d*)?[eE]-\d+")  # Kaldi's lexiconp.txt
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,7 @@ class _Entry(NamedTuple):
     fields: list[str]
 
 
-def read_lexicon(
-    paths: Path | str | Sequence[Path | str], strip_stress: bool = False, case: Literal["keep", "upper", "lower"] = "keep"
-) -> Lexicon:
+def read_lexicon(paths: Path | str | Sequence[Path | str], strip_stress: bool = False) -> Lexicon:
     """Read one or more lexicon files into one `Lexicon`; a word's pronunciations are joined over the files, doubles removed.
 
     A line is `WORD P1 P2 ...` (Kaldi) or CMUdict's, where `WORD(1)`, `WORD(2)` are further pronunciations of WORD, a line
@@ -136,20 +134,19 @@ def read_lexicon(
     Args:
         paths: files in order of preference; only the order of a word's pronunciations depends on it.
         strip_stress: drop the digits 0, 1, 2 from the end of phones, so that AH0 and AH1 are both AH.
-        case: "keep" leaves words as written; "upper" or "lower" changes them all, to agree with transcripts and language
-            model (LibriSpeech: upper). Phones are never changed.
 
     Raises:
-        AsrKdError: a file is missing or holds no entry; a line is malformed (named by file and line number).
+        AsrKdError: a file is missing or holds no entry; a line is malformed (named by file and line number); all entries stand for silence.
     """
-    changes: dict[str, Callable[[str], str]] = {"keep": str, "upper": str.upper, "lower": str.lower}
-    change = changes[case]
     pronunciations: dict[str, dict[Pronunciation, None]] = {}  # inner dict: an ordered set
-    for path in [paths] if isinstance(paths, str | Path) else paths:
+    paths = [paths] if isinstance(paths, str | Path) else paths
+    for path in paths:
         for word, phones in _read_file(Path(path), strip_stress):
-            pronunciations.setdefault(change(word), {})[phones] = None
-    if not pronunciations:
+            pronunciations.setdefault(word, {})[phones] = None
+    if not paths:
         raise AsrKdError("lexicon: no file given, expected one or more; give the path of a lexicon")
+    if not pronunciations:
+        raise AsrKdError(f"{', '.join(map(str, paths))}: every entry stands for silence ({SILENCE_PHONE}), expected words; give a lexicon that holds words")
     return Lexicon({word: tuple(variants) for word, variants in pronunciations.items()})
 
 

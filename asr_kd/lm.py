@@ -24,8 +24,11 @@ from asr_kd.stage import atomic_path
 BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
 MAX_ORDER = 4
 _ZERO = -99.0  # how ARPA writes log10 of 0
-_COUNT = re.compile(r"ngram\s+(\d+)\s*=\s*(\d+)")
-_SECTION = re.compile(r"\\(\d+)-grams:")
+_MAX_LOG10 = 1e-6  # rounding may leave a probability this little above 1
+_LARGEST = 1e30  # finite in single precision too
+_NUMBER = "0123456789+-.eE"
+_RESERVED = frozenset({"<eps>", "#0"})  # the graph gives these a meaning of its own
+_COUNT = re.compile(r"ngram\s+([1-9][0-9]*)\s*=\s*([0-9]+)")
 
 Ngram = tuple[str, ...]
 
@@ -61,20 +64,21 @@ class Arpa:
     def log10_prob(self, history: Sequence[str], word: str) -> float:
         """log10 P(word | history); only the last order - 1 words of the history count.
 
-        A word outside the vocabulary has the probability of `<unk>`, or -infinity in a model without it.
+        A word outside the vocabulary has the probability of `<unk>`, or -infinity in a model without it; in the history it counts as `<unk>`.
         """
-        if (word,) not in self.ngrams[0]:
-            if (UNKNOWN,) not in self.ngrams[0]:
-                return -math.inf
-            word = UNKNOWN
-        context = tuple(history)[max(0, len(history) - self.order + 1) :]
+        unigrams = self.ngrams[0]
+        ngram = (*tuple(history)[max(0, len(history) - self.order + 1) :], word)
+        if (UNKNOWN,) in unigrams:
+            ngram = tuple(token if (token,) in unigrams else UNKNOWN for token in ngram)
+        elif (word,) not in unigrams:
+            return -math.inf
         backoff = 0.0
         while True:
-            found = self.ngrams[len(context)].get((*context, word))
+            found = self.ngrams[len(ngram) - 1].get(ngram)
             if found is not None:
                 return backoff + found[0]
-            backoff += self.ngrams[len(context) - 1].get(context, (0.0, 0.0))[1]
-            context = context[1:]
+            backoff += self.ngrams[len(ngram) - 2].get(ngram[:-1], (0.0, 0.0))[1]
+            ngram = ngram[1:]
 
     def perplexity(self, sentences: Iterable[Sequence[str]]) -> Perplexity:
         """Perplexity of sentences, sentence ends included."""
@@ -95,23 +99,27 @@ def read_arpa(path: Path | str) -> Arpa:
     """Read an ARPA file, plain or .gz.
 
     Raises:
-        AsrKdError: the file is missing, cut off, or a line is malformed.
+        AsrKdError: the file is missing, cut off, a line is malformed, a word comes twice among the 1-grams, or `<s>` or `</s>` is not among them.
     """
     ngrams: list[dict[Ngram, tuple[float, float]]] = []
     for order, log10_prob, words, backoff in _entries(Path(path)):
-        if order > len(ngrams):
+        while order > len(ngrams):
             ngrams.append({})
         ngrams[-1][words] = (log10_prob, backoff)
     return Arpa(tuple(ngrams))
 
 
-def read_vocabulary(path: Path | str) -> list[str]:
+def read_vocabulary(path: Path | str, copy: TextIO | None = None) -> list[str]:
     """The words of an ARPA file without the sentence marks; the whole file is checked on the way.
+
+    Args:
+        copy: takes the file as plain text in the form that every reader knows: single spaces, no byte-order mark, no back-off weights in the
+            highest order.
 
     Raises:
         AsrKdError: as `read_arpa`.
     """
-    return [words[0] for order, _, words, _ in _entries(Path(path)) if order == 1 and words[0] not in (BEGIN, END)]
+    return [words[0] for order, _, words, _ in _entries(Path(path), copy) if order == 1 and words[0] not in (BEGIN, END)]
 
 
 def write_arpa(arpa: Arpa, path: Path | str) -> None:
@@ -232,27 +240,48 @@ def _log10(value: float) -> float:
     return math.log10(value) if value > 0 else _ZERO
 
 
-def _entries(path: Path) -> Iterator[tuple[int, float, Ngram, float]]:
-    """(order, log10 probability, words, log10 back-off weight) of every n-gram; raises where counts or the end are not as announced."""
+def _entries(path: Path, copy: TextIO | None = None) -> Iterator[tuple[int, float, Ngram, float]]:
+    """(order, log10 probability, words, log10 back-off weight) of every n-gram; raises where counts or the end are not as announced.
+
+    `copy` takes every line that counts, see `read_vocabulary`.
+    """
     announced: dict[int, int] = {}
     found: Counter[int] = Counter()
-    order = 0
+    unigrams: set[str] = set()
+    order = highest = -1  # order 0 from \data\ on
     ended = False
     for number, line in _lines(path):
-        if not order and line.startswith("ngram "):
-            announced.update([_announced(path, number, line)])
-        elif section := _SECTION.fullmatch(line):
-            order = int(section.group(1))
-        elif line == "\\end\\":
-            ended = True
-            break
-        elif order and line:
+        if not line or (order < 0 and line != "\\data\\"):
+            continue
+        if line[0] == "\\":
+            ended = line == "\\end\\"
+            order = order if ended else _section(path, number, line, order)
+            highest = max(announced, default=-1)
+        elif order:
+            entry = _entry(path, number, line, order)
+            if order == 1:
+                (word,) = entry[1]
+                if word in unigrams:
+                    raise AsrKdError(f"{path}: line {number} holds {word!r} a second time, expected each word once among the 1-grams; correct the file")
+                unigrams.add(word)
             found[order] += 1
-            yield order, *_entry(path, number, line, order)
-    if not announced or not ended or found != Counter(announced):
+            yield order, *entry
+        elif line.startswith("ngram "):
+            announced.update([_announced(path, number, line)])
+        else:
+            continue
+        if copy is not None:
+            fields = line.split()
+            copy.write(" ".join(fields[: order + 1] if order == highest else fields) + "\n")
+        if ended:
+            break
+    if not announced or not ended or found != Counter(announced) or order != max(announced):
         counts = ", ".join(f"{found[n]} of {announced[n]} {n}-grams" for n in sorted(announced)) or "no \\data\\ section"
         end = "" if ended else ", no \\end\\"
         raise AsrKdError(f"{path}: cut off or not an ARPA file ({counts}{end}); copy or download it again")
+    if missing := [mark for mark in (BEGIN, END) if mark not in unigrams]:
+        raise AsrKdError(f"{path}: no {' and no '.join(missing)} among the {len(unigrams)} 1-grams, expected both {BEGIN} and {END}; "
+                         "estimate the model with sentence marks")
 
 
 def _announced(path: Path, number: int, line: str) -> tuple[int, int]:
@@ -262,20 +291,38 @@ def _announced(path: Path, number: int, line: str) -> tuple[int, int]:
     return int(match.group(1)), int(match.group(2))
 
 
+def _section(path: Path, number: int, line: str, order: int) -> int:
+    """The order of the n-grams that follow a line such as \\1-grams:; 0 after \\data\\."""
+    expected = "\\data\\" if order < 0 else f"\\{order + 1}-grams:"
+    if line != expected:
+        raise AsrKdError(f"{path}: line {number} is {line[:60]!r}, expected {expected!r}; correct the file")
+    return order + 1
+
+
 def _entry(path: Path, number: int, line: str, order: int) -> tuple[float, Ngram, float]:
     fields = line.split()
     try:
-        if len(fields) - order not in (1, 2):
+        if len(fields) - order not in (1, 2) or "\0" in line:
             raise ValueError
-        return float(fields[0]), tuple(fields[1 : order + 1]), float(fields[-1]) if len(fields) == order + 2 else 0.0
+        log10_prob, words = float(fields[0]), tuple(fields[1 : order + 1])
+        backoff = float(fields[-1]) if len(fields) == order + 2 else 0.0
+        if not (-_LARGEST < log10_prob <= _MAX_LOG10 and -_LARGEST < backoff < _LARGEST):
+            raise ValueError
+        if fields[0].strip(_NUMBER) or (len(fields) == order + 2 and fields[-1].strip(_NUMBER)):  # Python alone reads 1_0
+            raise ValueError
     except ValueError:
-        raise AsrKdError(f"{path}: line {number} is {line[:60]!r}, expected a number, {order} words and perhaps a back-off weight; correct the file") from None
+        raise AsrKdError(f"{path}: line {number} is {line[:60]!r}, expected a log10 probability (finite, at most 0), {order} words and perhaps "
+                         "a finite back-off weight; correct the file") from None
+    if not _RESERVED.isdisjoint(words):
+        raise AsrKdError(f"{path}: line {number} is {line[:60]!r}, expected words, not the reserved {' or '.join(sorted(_RESERVED))}; remove it")
+    return log10_prob, words, backoff
 
 
 def _open_text(path: Path, mode: Literal["r", "w"], packed: bool) -> TextIO:
+    encoding = "utf-8-sig" if mode == "r" else "utf-8"  # a byte-order mark is read, not written
     if packed:
-        return cast(TextIO, gzip.open(path, f"{mode}t", encoding="utf-8"))
-    return open(path, mode, encoding="utf-8")
+        return cast(TextIO, gzip.open(path, f"{mode}t", encoding=encoding))
+    return open(path, mode, encoding=encoding)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from asr_kd.progress import progress
 from asr_kd.stage import atomic_path
 
 COLUMNS = ("ID", "duration", "wav", "spk_id", "wrd")
-AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".opus", ".mp3")  # in either case
+AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".snd", ".caf", ".sph", ".w64", ".rf64")  # in either case
 
 log = logging.getLogger(__name__)
 
@@ -90,25 +91,30 @@ def librispeech_utterances(split_folder: Path | str) -> tuple[list[Utterance], l
     """Utterances below `split_folder`/SPEAKER/CHAPTER/ with their `*.trans.txt`, in order of id.
 
     Audio lies beside its transcript. Left out, with the reason: a transcript without audio or with two files of it, audio without a
-    transcript beside it, an empty transcript, unreadable or empty audio.
+    transcript beside it or at another depth, an empty transcript, unreadable or empty audio.
 
     Raises:
-        AsrKdError: no transcript file at all, or an id that has two transcripts.
+        AsrKdError: no transcript file at all, an id that has two transcripts, or a folder that cannot be read.
     """
     folder = Path(split_folder)
-    transcripts = _transcripts(folder)
+    files = files_below(folder)
+    in_chapters = [path for path in files if len(path.relative_to(folder).parts) == 3]
+    transcripts = _transcripts(folder, in_chapters)
     audio: dict[tuple[Path, str], list[Path]] = {}  # by folder and utterance id
-    for path in sorted(folder.glob("*/*/*")):
-        if path.suffix.lower() in AUDIO_SUFFIXES:
-            audio.setdefault((path.parent, path.stem), []).append(path)
+    others: dict[tuple[Path, str], list[Path]] = {}
+    for path in in_chapters:
+        (audio if path.suffix.lower() in AUDIO_SUFFIXES else others).setdefault((path.parent, path.stem), []).append(path)
     utterances = []
     transcribed = {(trans_path.parent, utt_id) for utt_id, (trans_path, _) in transcripts.items()}
     exclusions = [Exclusion(utt_id, f"no transcript for {paths[0]}") for (parent, utt_id), paths in audio.items() if (parent, utt_id) not in transcribed]
+    exclusions += [Exclusion(path.stem, f"{path} is not two folders below {folder}, expected a speaker's and a chapter's; move it beside its transcript")
+                   for path in sorted(set(files) - set(in_chapters)) if path.suffix.lower() in AUDIO_SUFFIXES]
     for utt_id, (trans_path, words) in progress(sorted(transcripts.items()), desc=f"reading {folder.name}", unit="utt"):
         try:
             paths = audio.get((trans_path.parent, utt_id), [])
             if not paths:
-                raise AsrKdError(f"no audio beside {trans_path}")
+                unknown = [path.name for path in others.get((trans_path.parent, utt_id), [])]
+                raise AsrKdError(f"no audio beside {trans_path}" + (f" (found {', '.join(unknown)}, expected {' '.join(AUDIO_SUFFIXES)})" if unknown else ""))
             if len(paths) > 1:
                 raise AsrKdError(f"{len(paths)} audio files beside {trans_path} ({', '.join(path.name for path in paths)}), expected one; remove the others")
             if not words:
@@ -133,7 +139,9 @@ def read_manifest(path: Path | str, data_root: Path | str | None = None) -> list
             reader = csv.DictReader(file, skipinitialspace=True)
             columns = list(reader.fieldnames or [])
             rows = [(reader.line_num, row) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except UnicodeDecodeError as error:
+        raise AsrKdError(f"{path}: not readable as a CSV manifest ({error}); save it as UTF-8") from error
+    except (OSError, csv.Error) as error:
         raise AsrKdError(f"{path}: not readable as a CSV manifest ({error}); check the path in the settings") from error
     missing = [column for column in COLUMNS if column not in columns]
     if missing:
@@ -162,13 +170,33 @@ def check_unique(utterances: Iterable[Utterance], where: str = "") -> None:
                          "ids must be unique across the splits read together")
 
 
-def _transcripts(folder: Path) -> dict[str, tuple[Path, tuple[str, ...]]]:
+def files_below(folder: Path) -> list[Path]:
+    """Every file below a folder, sorted; links are followed, but not to a folder that they lie in.
+
+    Raises:
+        AsrKdError: a folder that cannot be read.
+    """
+    def refuse(error: OSError) -> None:
+        raise AsrKdError(f"{error.filename}: folder not readable ({error.strerror}); change its permissions or remove it") from error
+
+    files: list[Path] = []
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if not Path(root).resolve().is_relative_to(Path(root, name).resolve())]
+        files += [Path(root, name) for name in names]
+    return sorted(files)
+
+
+def _transcripts(folder: Path, files: Sequence[Path]) -> dict[str, tuple[Path, tuple[str, ...]]]:
     transcripts: dict[str, tuple[Path, tuple[str, ...]]] = {}
-    for path in sorted(folder.glob("*/*/*.trans.txt")):
+    for path in files:
+        if not path.name.endswith(".trans.txt"):
+            continue
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise AsrKdError(f"{path}: transcripts not readable ({error}); replace the file") from error
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            raise AsrKdError(f"{path}: transcripts not readable ({error}); save it as UTF-8") from error
+        except OSError as error:
+            raise AsrKdError(f"{path}: transcripts not readable ({error.strerror}); replace the file or remove it") from error
         for utt_id, *words in filter(None, map(str.split, lines)):
             if utt_id in transcripts:
                 raise AsrKdError(f"{utt_id}: transcripts in {transcripts[utt_id][0]} and {path}; remove one of them")

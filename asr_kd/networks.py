@@ -22,7 +22,7 @@ from asr_kd.settings import Settings
 from asr_kd.soft_targets import OnTheFlyTargets, SoftTargetRecord, SoftTargetStore, extract
 from asr_kd.stage import Record, file_fingerprint, fingerprint, run_stage, write_json
 from asr_kd.targets import Features, Targets, speed_prefix
-from asr_kd.training import SoftTargets, TrainingSettings, train
+from asr_kd.training import CHECKPOINT, SoftTargets, TrainingSettings, train
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class TrainingData:
 
     Attributes:
         train: in memory, or streamed where they would take more than `frames_in_memory_gb`.
-        inputs: name -> fingerprint of features and targets.
+        inputs: name -> fingerprint of features and targets, those of the training splits alone.
     """
 
     train: TrainingFrames
@@ -51,15 +51,17 @@ class TrainingData:
         Args:
             speeds: which copies of the training speech; all by default.
         """
-        stores = [features.stores[name] for name, (split, _) in features.origin.items() if split not in corpus.evaluation]
-        states = [targets.stores[name] for name, (split, _) in features.origin.items() if split not in corpus.evaluation]
+        names = features.names_in_training(corpus)
+        stores, states = [features.stores[name] for name in names], [targets.stores[name] for name in names]
         prefixes = sorted({prefix for _, prefix in features.origin.values()} if speeds is None else {speed_prefix(speed) for speed in speeds})
 
         def aligned(utt_ids: list[str]) -> list[str]:
             return [utt_id for utt_id in utt_ids if any(utt_id in store for store in states)]
 
         wanted = aligned([prefix + utt_id for prefix in prefixes for utt_id in corpus.train])
-        inputs = {"features": features.fingerprint, "targets": targets.fingerprint} | ({"speeds": fingerprint(prefixes)} if speeds is not None else {})
+        inputs = {"features": fingerprint([features.fingerprints[name] for name in names]),
+                  "targets": fingerprint([targets.fingerprints[name] for name in names])}
+        inputs |= {"speeds": fingerprint(prefixes)} if speeds is not None else {}
         size = sum(store.length(utt_id) for store in states for utt_id in set(wanted).intersection(store.utt_ids)) * (2 * settings.num_mels + INDEX_BYTES)
         place = (settings.left_context, settings.right_context, torch.device(settings.device))
         tuning = load_frame_data(stores, states, aligned(corpus.tuning), *place)
@@ -85,6 +87,9 @@ def train_networks(stage: str, folder: Path, settings: Settings, data: TrainingD
                                 hard_weight=settings.hard_weight)
 
     def work(folder: Path) -> None:
+        if by_first_process((folder / NETWORKS).is_file):  # cut when only the stage's record was missing
+            (folder / CHECKPOINT).unlink(missing_ok=True)
+            return
         networks = Ensemble(shape, seeds)
         networks.set_input_statistics(*input_statistics(data.train, settings.num_mels, settings.seed))
         networks = networks.to(settings.device)
@@ -97,7 +102,7 @@ def train_networks(stage: str, folder: Path, settings: Settings, data: TrainingD
             log.error("%s: %d of %d networks diverged at once and are left out; lower learning_rate", stage, len(networks) - len(usable), len(networks))
             networks = Ensemble.of([networks.member(k) for k in usable])
         networks.save(folder / NETWORKS)
-        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        (folder / CHECKPOINT).unlink(missing_ok=True)
 
     deciding = {name: value for name, value in asdict(training).items() if name != "checkpoint_interval_s"}
     choices = {"shape": asdict(shape), "training": deciding, "seeds": seeds, "seed": settings.seed, "device": settings.device,

@@ -60,7 +60,8 @@ def tune_decoding(settings: Settings, graph: Record, hmm: HmmModel, network: Ens
 
     At most `tuning_utterances` are decoded, evenly drawn from the tuning speakers.
     """
-    usable = [utt_id for utt_id in corpus.tuning if utt_id in set(windows.utt_ids)]
+    with_features = set(windows.utt_ids)
+    usable = [utt_id for utt_id in corpus.tuning if utt_id in with_features]
     if not usable:
         raise AsrKdError("tuning_speakers: none of their utterances has features; see the exclusions beside the features")
     chosen = usable[::max(1, -(-len(usable) // settings.tuning_utterances))]

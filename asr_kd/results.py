@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import platform
+import re
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,6 +25,7 @@ from asr_kd.corpus import Corpus
 from asr_kd.ensemble import Ensemble
 from asr_kd.features import Windows
 from asr_kd.frame_results import FrameResult, evaluate_frames
+from asr_kd.hmm.corpus import NO_FEATURES
 from asr_kd.hmm.model import SIL, HmmModel
 from asr_kd.recognition import Decoded, Recogniser
 from asr_kd.report import write_report
@@ -155,11 +157,23 @@ def _exclusions(settings: Settings, corpus: Corpus) -> dict[str, dict[str, int]]
         for path, cause in ((settings.output / "manifests" / f"{split}.excluded.csv", "not usable"),
                             (settings.output / "features" / split / "exclusions.csv", "no features"),
                             (settings.output / "targets" / split / "exclusions.csv", "not aligned")):
-            for reason in _reasons(path):
-                counts[split][f"{cause}: {reason.partition(':')[0] if cause == 'not aligned' else reason}"] += 1
+            kinds = [_kind(reason) for reason in _reasons(path)]
+            counts[split].update(f"{cause}: {kind}" for kind in kinds if kind != NO_FEATURES)  # those are counted with the cause
     diverged = read_json(settings.output / "teachers" / "training.json")["diverged"]
     counts["teachers"] = Counter(f"member {int(k) + 1}: loss not finite at step {step}, trained no further" for k, step in diverged.items())
     return {split: dict(own) for split, own in counts.items() if own}
+
+
+def _kind(reason: str) -> str:
+    """A reason without its remedy, paths, numbers and words, which are another utterance's too.
+
+    >>> _kind("data/1/a.flac: not readable as audio (Format not recognised); replace the file or leave the utterance out")
+    'not readable as audio (Format not recognised)'
+    >>> _kind("12 frames, shorter than its 30 states"), _kind("word outside the lexicon: ZEBRA")
+    ('… frames, shorter than its … states', 'word outside the lexicon')
+    """
+    text = re.sub(r"^[^:]*/[^:]*: ", "", reason.partition(";")[0])
+    return re.sub(r"\S*/\S*|\d+", "…", text.partition(":")[0])
 
 
 def _reasons(path: Path) -> list[str]:

@@ -30,7 +30,7 @@ def read_segments(path: Path | str, sample_rate: int = 16000) -> Iterator[NDArra
     with the least energy. At most a segment and a block of `_BLOCK_S` are in memory.
 
     Raises:
-        AsrKdError: the file is missing, unreadable, holds no samples, or NaN.
+        AsrKdError: the file is missing, unreadable, below `asr_kd.audio.MIN_SAMPLE_RATE`, holds no samples, or NaN.
     """
     audio_duration_s(path)  # says what is wrong with a file that cannot be opened
     try:

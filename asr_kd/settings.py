@@ -108,6 +108,10 @@ class Settings:
             if count > 1:
                 raise AsrKdError(f"settings: train_splits, dev_splits and test_splits name {split} {count} times, expected once; "
                                  "remove all but one, or rename a manifest")
+        ignored = [name for name in ("data_folder", "lexicon", "lm", "lm_text", "download") if getattr(self, name)]
+        if self.synthetic_minutes is not None and ignored:
+            raise AsrKdError(f"settings: {', '.join(ignored)} given beside synthetic_minutes, expected one of them, as the synthetic corpus brings its own; "
+                             "give --synthetic_minutes null for speech of one's own")
         choices = {
             "cmvn": ("speaker", "utterance", "corpus", "none"),
             "precision": ("auto", "fp32", "bf16"),
@@ -175,7 +179,10 @@ def _parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             if not words:
                 raise AsrKdError(f"argument {word!r}: no value; expected --key value")
             text = words.pop(0)
-        overrides[key] = _as_written(yaml.load(text, yaml.BaseLoader), yaml.safe_load(text), key)
+        try:
+            overrides[key] = _as_written(yaml.load(text, yaml.BaseLoader), yaml.safe_load(text), key)
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2020-13-01
+            raise AsrKdError(f"argument --{key}: {text!r} is no value in YAML ({' '.join(str(error).split())}); close its brackets or quote it") from error
     return overrides
 
 
@@ -267,7 +274,7 @@ _RANGES: tuple[tuple[float, float, str, tuple[str, ...]], ...] = (
     (_ABOVE_0, _LARGEST, "a finite number above 0", ("synthetic_minutes", "teacher_epochs", "learning_rate", "temperature", "sweep_temperatures",
                                                      "student_epochs", "beam", "acoustic_scales")),
     (0, _LARGEST, "a finite number, 0 or more", ("left_context", "right_context", "network_realignments", "hard_weight", "frames_in_memory_gb")),
-    (0, math.nextafter(1.0, 0.0), "0 or more and below 1", ("dropout", "student_dropout")),
+    (0, 0.99, "0 to 0.99", ("dropout", "student_dropout")),
     (0, 1e15, "0 to 1e15", ("seed",)),
     (0.5, 2.0, "numbers from 0.5 to 2", ("speeds", "student_speeds")),
     (-_LARGEST, _LARGEST, "finite numbers", ("word_insertion_penalties",)),

@@ -35,14 +35,16 @@ class Features:
     Attributes:
         stores: split -> store; speed-perturbed copies of a training split are "split-sp0.9".
         origin: name of a store -> its split, and the prefix of utterance and speaker ids in it.
-        fingerprint: identifies all of them.
-        original_fingerprint: identifies those of the splits, without their perturbed copies.
+        fingerprints: name of a store -> identifies it.
     """
 
     stores: dict[str, FrameStore]
     origin: dict[str, tuple[str, str]]
-    fingerprint: str
-    original_fingerprint: str
+    fingerprints: dict[str, str]
+
+    def names_in_training(self, corpus: Corpus) -> list[str]:
+        """Names of the stores of the training splits, copies at other speeds included."""
+        return [name for name, (split, _) in self.origin.items() if split not in corpus.evaluation]
 
     def windows(self, settings: Settings, utt_ids: Sequence[str]) -> Windows:
         """Windows of utterances that may lie in several stores; those without features are listed beside the features and left out."""
@@ -61,12 +63,17 @@ class Targets:
     Attributes:
         stores: split -> (N,) state ids, as `Features.stores`.
         hmm: with priors counted on the training utterances.
-        fingerprint: identifies all of them.
+        fingerprints: name of a store -> identifies it and the inventory.
     """
 
     stores: dict[str, FrameStore]
     hmm: HmmModel
-    fingerprint: str
+    fingerprints: dict[str, str]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identifies all of them."""
+        return fingerprint(self.fingerprints)
 
 
 def prepare_features(settings: Settings, corpus: Corpus) -> tuple[Features, Record]:
@@ -81,11 +88,10 @@ def prepare_features(settings: Settings, corpus: Corpus) -> tuple[Features, Reco
                 extract_features(utterances, folder, options, settings.cmvn, settings.device, speed, settings.num_jobs)
 
             choices = {**asdict(options), "cmvn": settings.cmvn, "speed": speed}
-            records[name] = run_stage("features", settings.output / "features" / name, choices, {"manifests": corpus.fingerprint}, work)
+            records[name] = run_stage("features", settings.output / "features" / name, choices, {"manifest": corpus.fingerprints[split]}, work)
             origin[name] = (split, prefix)
-    record, originals = combined("features", records), combined("features", {split: records[split] for split in corpus.splits})
     stores = {name: FrameStore(settings.output / "features" / name) for name in records}
-    return Features(stores, origin, record.fingerprint, originals.fingerprint), record
+    return Features(stores, origin, {name: record.fingerprint for name, record in records.items()}), combined("features", records)
 
 
 def speed_prefix(speed: float) -> str:
@@ -102,7 +108,8 @@ def prepare_targets(settings: Settings, corpus: Corpus, text: Text, features: Fe
     """Train the mixture aligner on the training speakers and align every split with it."""
     gmm = GmmHmmSettings(num_states=settings.num_states, num_gaussians=settings.num_gaussians, mono_passes=settings.mono_passes, tri_passes=settings.tri_passes,
                          sat=settings.speaker_adaptation)
-    stores = [features.stores[split] for split in corpus.splits if split not in corpus.evaluation]
+    splits = [split for split in corpus.splits if split not in corpus.evaluation]
+    stores = [features.stores[split] for split in splits]
     words = corpus.words
     # words without pronunciation are listed by the text stage, unusable audio by the feature stage
     pronounced = [utt_id for utt_id in corpus.train if all(word in text.lexicon for word in words[utt_id])]
@@ -113,7 +120,7 @@ def prepare_targets(settings: Settings, corpus: Corpus, text: Text, features: Fe
         if rank() == 0:
             trained.save(folder / "aligner")
 
-    inputs = {"features": features.original_fingerprint, "text": text.fingerprint}
+    inputs = {"features": fingerprint([features.fingerprints[split] for split in splits]), "lexicon": text.pronunciations_fingerprint(usable.values())}
     trained = run_stage("hmm", settings.output / "hmm", {**asdict(gmm), "train": fingerprint(sorted(usable))}, inputs, work, together=True)
     aligner = Aligner.load(settings.output / "hmm" / "aligner")
 
@@ -121,8 +128,8 @@ def prepare_targets(settings: Settings, corpus: Corpus, text: Text, features: Fe
         return align(aligner, store, words, speakers, text.lexicon, folder, device=settings.device)
 
     root = targets_folder(settings, 0)
-    record = combined("align", {"hmm": trained, **_align_all("align", root, corpus, features, {"hmm": trained.fingerprint}, align_one)})
-    return _read_targets(root, corpus, features, aligner.hmm, record), record
+    records = _align_all("align", root, corpus, text, features, {"hmm": trained.fingerprint}, align_one)
+    return _read_targets(root, corpus, aligner.hmm, records), combined("align", {"hmm": trained, **records})
 
 
 def realign(settings: Settings, corpus: Corpus, text: Text, features: Features, targets: Targets, network: Ensemble, network_fingerprint: str,
@@ -139,12 +146,12 @@ def realign(settings: Settings, corpus: Corpus, text: Text, features: Features, 
         return align_with_network(hmm, log_likelihoods, store, words, text.lexicon, folder, device=settings.device)
 
     root = targets_folder(settings, number)
-    record = combined("realign", _align_all("realign", root, corpus, features, {"network": network_fingerprint}, align_one))
-    return _read_targets(root, corpus, features, hmm, record), record
+    records = _align_all("realign", root, corpus, text, features, {"network": network_fingerprint}, align_one)
+    return _read_targets(root, corpus, hmm, records), combined("realign", records)
 
 
-def _align_all(stage: str, root: Path, corpus: Corpus, features: Features, inputs: Mapping[str, str], align_one: AlignOne) -> dict[str, Record]:
-    """Align every split below `root`; copies at other speeds take the alignment of their original."""
+def _align_all(stage: str, root: Path, corpus: Corpus, text: Text, features: Features, inputs: Mapping[str, str], align_one: AlignOne) -> dict[str, Record]:
+    """Align every split below `root`, each by what it reads alone; copies at other speeds take the alignment of their original."""
     records: dict[str, Record] = {}
     for name, store in features.stores.items():
         split, prefix = features.origin[name]
@@ -156,7 +163,11 @@ def _align_all(stage: str, root: Path, corpus: Corpus, features: Features, input
                 utterances = corpus.splits[split]
                 align_one(store, {u.utt_id: u.words for u in utterances}, {u.utt_id: u.spk_id for u in utterances}, folder)
 
-        own = {"features": features.fingerprint, "original": records[split].fingerprint} if prefix else {**inputs, "features": features.original_fingerprint}
+        own = {"features": features.fingerprints[name]}
+        if prefix:
+            own["original"] = records[split].fingerprint
+        else:
+            own |= {**inputs, "lexicon": text.pronunciations_fingerprint(utterance.words for utterance in corpus.splits[split])}
         records[name] = run_stage(stage, root / name, {}, own, work, together=not prefix)
     return records
 
@@ -179,6 +190,6 @@ def stretch_targets(original: FrameStore, features: FrameStore, prefix: str, fol
                 writer.append(prefix + utt_id, original[utt_id][source.clip(0, original.length(utt_id) - 1)])
 
 
-def _read_targets(root: Path, corpus: Corpus, features: Features, hmm: HmmModel, record: Record) -> Targets:
-    stores = {name: FrameStore(root / name) for name in features.stores}
-    return Targets(stores, state_priors(hmm, stores.values(), corpus.train), record.fingerprint)
+def _read_targets(root: Path, corpus: Corpus, hmm: HmmModel, records: Mapping[str, Record]) -> Targets:
+    stores = {name: FrameStore(root / name) for name in records}
+    return Targets(stores, state_priors(hmm, stores.values(), corpus.train), {name: record.fingerprint for name, record in records.items()})

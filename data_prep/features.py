@@ -2,7 +2,7 @@
 
     python data_prep/features.py manifests/dev-clean-2.csv features/dev-clean-2
 
-The folder holds frames.npy (N, 40) float16, index.json and exclusions.csv; `asr_kd.frames.FrameStore` reads it.
+The folder holds frames.npy (N, 40) float16, index.json and, for what was left out, exclusions.csv; `asr_kd.frames.FrameStore` reads it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from asr_kd.cli import guarded
+from asr_kd.experiment import check_device
 from asr_kd.features import CMVN, FbankOptions, extract_features
 from asr_kd.frames import FrameStore
-from asr_kd.manifest import load_split
+from asr_kd.manifest import load_split, write_exclusions
+from asr_kd.settings import make_settings
 
 
 def main(words: Sequence[str]) -> None:
@@ -28,11 +30,15 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--device", default="cpu", help="where filterbanks are computed (default: %(default)s)")
     parser.add_argument("--num_jobs", type=int, default=2, help="threads that decode audio (default: %(default)s)")
     arguments = parser.parse_args(words)
+    make_settings({"output_folder": str(arguments.folder), "data_folder": str(arguments.data_folder), "train_splits": ["any"], "num_mels": arguments.num_mels,
+                   "speeds": [arguments.speed], "num_jobs": arguments.num_jobs})  # refuses numbers out of range
+    check_device(arguments.device)
     utterances, unusable = load_split(arguments.split, arguments.data_folder)
-    excluded = extract_features(utterances, arguments.folder, FbankOptions(num_mels=arguments.num_mels), arguments.cmvn, arguments.device,
-                                arguments.speed, arguments.num_jobs)
+    excluded = unusable + extract_features(utterances, arguments.folder, FbankOptions(num_mels=arguments.num_mels), arguments.cmvn, arguments.device,
+                                           arguments.speed, arguments.num_jobs)
+    write_exclusions(arguments.folder / "exclusions.csv", excluded)
     store = FrameStore(arguments.folder)
-    print(f"{arguments.folder}: {len(store)} utterances, {len(store.frames)} frames, {len(unusable) + len(excluded)} left out")
+    print(f"{arguments.folder}: {len(store)} utterances, {len(store.frames)} frames, {len(excluded)} left out")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torchaudio
 
 from asr_kd.audio import audio_duration_s, read_audio, resample
 from asr_kd.errors import AsrKdError
+from asr_kd.segments import read_segments
 
 
 def tone(frequency_hz: float, sample_rate: int, seconds: float = 0.5) -> np.ndarray:
@@ -87,6 +89,18 @@ def test_what_cannot_be_used_is_an_error_that_names_the_file(tmp_path: Path) -> 
     soundfile.write(tmp_path / "nan.wav", np.array([0, np.nan, 0], np.float32), 16000, subtype="FLOAT")
     with pytest.raises(AsrKdError, match=r"nan\.wav: NaN"):
         read_audio(tmp_path / "nan.wav")
+
+
+@pytest.mark.parametrize("read", [read_audio, audio_duration_s, lambda path: list(read_segments(path))])
+def test_audio_without_a_header_or_with_an_impossible_sample_rate_is_an_error(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    (tmp_path / "a.raw").write_bytes(bytes(3200))
+    with pytest.raises(AsrKdError, match=r"a\.raw: not readable as audio \(.+\); replace the file"):
+        read(tmp_path / "a.raw")
+    soundfile.write(tmp_path / "a.wav", np.zeros(100), 1)
+    with pytest.raises(AsrKdError, match=r"a\.wav: sample rate 1 Hz, expected 1000 Hz or more; replace the file"):
+        read(tmp_path / "a.wav")
+    with pytest.raises(AsrKdError, match=r"none\.wav: no such audio file; check the path$"):
+        read(tmp_path / "none.wav")
 
 
 def test_a_cut_off_flac_is_an_error_or_gives_what_is_there(tmp_path: Path) -> None:

@@ -218,7 +218,15 @@ def test_one_bad_file_is_one_line(tones, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(["transcribe", str(tones.bundle), str(tmp_path / "missing.wav")])
     assert stop.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"asr-kd: {tmp_path}/missing.wav: no such audio file")
+    assert capsys.readouterr().err.splitlines()[-1] == f"asr-kd: {tmp_path}/missing.wav: no such audio file; check the path"
+
+
+def test_headerless_audio_is_one_line(tones, tmp_path, capsys):
+    (tmp_path / "a.raw").write_bytes(bytes(3200))
+    with pytest.raises(SystemExit) as stop:
+        main(["transcribe", str(tones.bundle), str(tmp_path / "a.raw")])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"asr-kd: {tmp_path}/a.raw: not readable as audio (")
 
 
 # -- the folder ----------------------------------------------------------------------------------------------------------

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
 
 from asr_kd import __version__
 from asr_kd.cli import guarded, main, main_train
@@ -37,6 +39,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     (["demo", "--seed"], "argument '--seed': no value"),
     (["sweep", str(DEMO_HPARAMS), "--test_splits", "[]"], "sweep: dev_splits and test_splits are empty"),
     (["demo", "--train_splits", "[/data/train]"], "train_splits names '/data/train'; give a plain name"),
+    (["demo", "--data_folder", "mine"], "data_folder given beside synthetic_minutes"),
+    (["demo", "--temperature", "{"], "argument --temperature: '{' is no value in YAML"),
 ])
 def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path,
                                monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,6 +74,51 @@ def test_debug_shows_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Exception, match=re.escape("none.yaml: could not be read")):
         main(["train", "none.yaml", "--debug"])
+
+
+@pytest.mark.parametrize(("error", "line"), [
+    (PermissionError(13, "Permission denied", "out/record.json"), "out/record.json: Permission denied; check the path, its permissions and free space"),
+    (OSError(28, "No space left on device"), "a file: No space left on device; check the path, its permissions and free space"),
+    (MemoryError("Unable to allocate 9 GiB"), "memory: Unable to allocate 9 GiB; lower batch_frames, hidden_units or num_teachers"),
+    (MemoryError(), "memory: exhausted; lower batch_frames, hidden_units or num_teachers"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore"),
+     "memory: CUDA out of memory. Tried to allocate 9 GiB.; lower batch_frames, hidden_units or num_teachers"),
+])
+def test_files_and_memory_that_do_not_serve_are_one_line(error: Exception, line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(_: Sequence[str]) -> None:
+        raise error
+
+    assert guarded(fail, []) == 2
+    assert capsys.readouterr().err == f"asr-kd: {line}\n"
+    with pytest.raises(type(error)):
+        guarded(fail, ["--debug"])
+
+
+def test_torchs_own_words_for_too_little_memory_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert guarded(lambda _: print(torch.empty(10**15)), []) == 2
+    assert re.fullmatch(r"asr-kd: memory: .*can't allocate memory.*; lower batch_frames, hidden_units or num_teachers\n", capsys.readouterr().err)
+
+
+def test_mistakes_of_the_program_keep_their_traceback() -> None:
+    def fail(_: Sequence[str]) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        guarded(fail, [])
+
+
+def test_an_output_folder_that_is_a_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").write_text("mine")
+    (tmp_path / "data").mkdir()
+    own = ["--synthetic_minutes", "null", "--data_folder", str(tmp_path / "data"), "--lexicon", str(tmp_path / "out"), "--train_splits", "train",
+           "--test_splits", "[]"]
+    chapter = tmp_path / "data" / "train" / "1" / "1"
+    chapter.mkdir(parents=True)
+    (chapter / "1-1.trans.txt").write_text("1-1-1 A\n")
+    assert exit_code(["demo", "--output_folder", str(tmp_path / "out"), *own]) == 2
+    error = capsys.readouterr().err
+    assert error == f"asr-kd: {tmp_path}/out: File exists; check the path, its permissions and free space\n"
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_recipe_script_and_train_are_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

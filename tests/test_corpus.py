@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,10 @@ import soundfile
 from asr_kd.corpus import Corpus, prepare_corpus, prepare_text
 from asr_kd.errors import AsrKdError
 from asr_kd.espeak import espeak_is_installed
-from asr_kd.lexicon import read_lexicon
+from asr_kd.lexicon import Lexicon, read_lexicon
 from asr_kd.lm import estimate_kneser_ney, read_vocabulary, write_arpa
 from asr_kd.manifest import Utterance
 from asr_kd.settings import Settings
-from asr_kd.stage import file_fingerprint
 
 PHONES = "AA AE AH AO AW AY B CH D DH EH ER EY F G HH IH IY JH K L M N NG OW OY P R S SH T TH UH UW V W Y Z ZH"
 needs_espeak = pytest.mark.skipif(not espeak_is_installed(), reason="espeakng-loader is not installed (extra: demo)")
@@ -40,7 +40,7 @@ def test_audio_of_a_csv_manifest_that_is_repaired_or_replaced_is_noticed(tmp_pat
     (tmp_path / "train-c.wav").unlink()
     first, _ = prepare_corpus(settings, tmp_path)
     assert [u.utt_id for u in first.splits["train"]] == ["train-a", "train-b", "train-e"]
-    assert prepare_corpus(settings, tmp_path)[0].fingerprint == first.fingerprint
+    assert prepare_corpus(settings, tmp_path)[0].fingerprints == first.fingerprints
     soundfile.write(tmp_path / "train-c.wav", np.zeros(1600), 16000)
     repaired, _ = prepare_corpus(settings, tmp_path)
     assert [u.utt_id for u in repaired.splits["train"]] == ["train-a", "train-b", "train-c", "train-e"]
@@ -49,22 +49,51 @@ def test_audio_of_a_csv_manifest_that_is_repaired_or_replaced_is_noticed(tmp_pat
     replaced, _ = prepare_corpus(settings, tmp_path)
     os.utime(audio, ns=(0, audio.stat().st_mtime_ns + 1))
     touched, _ = prepare_corpus(settings, tmp_path)
-    assert len({corpus.fingerprint for corpus in (first, repaired, replaced, touched)}) == 4
+    assert [len({corpus.fingerprints[split] for corpus in (first, repaired, replaced, touched)}) for split in ("train", "dev")] == [2, 3]
 
 
-def test_the_fingerprint_of_a_librispeech_folder_stays_what_finished_runs_recorded(tmp_path: Path) -> None:
-    for spk in "abc":
-        chapter = tmp_path / "train" / spk / "7"
-        chapter.mkdir(parents=True)
-        (chapter / f"{spk}-7.trans.txt").write_text(f"{spk}-7-0 A B\n")
-        soundfile.write(chapter / f"{spk}-7-0.wav", np.zeros(1600), 16000)
-    _, record = prepare_corpus(Settings(output_folder=str(tmp_path / "out"), data_folder=str(tmp_path), train_splits=["train"]), tmp_path)
-    assert record.inputs == {"train": "22289d669da14e0c"}
+def make_folders(folder: Path) -> None:
+    for split, speakers in (("train", "abce"), ("dev", "d")):
+        for spk in speakers:
+            chapter = folder / split / spk / "7"
+            chapter.mkdir(parents=True)
+            (chapter / f"{spk}-7.trans.txt").write_text(f"{spk}-7-0 A B\n")
+            soundfile.write(chapter / f"{spk}-7-0.wav", np.zeros(1600), 16000)
+
+
+def test_speech_of_a_librispeech_folder_that_is_changed_is_noticed_in_its_split_alone(tmp_path: Path) -> None:
+    make_folders(tmp_path)
+    settings = Settings(output_folder=str(tmp_path / "out"), data_folder=str(tmp_path), train_splits=["train"], dev_splits=["dev"])
+    corpora = [prepare_corpus(settings, tmp_path)[0]]
+    assert prepare_corpus(settings, tmp_path)[0] == corpora[0]
+    audio = tmp_path / "train" / "a" / "7" / "a-7-0.wav"
+    changed = audio.stat().st_mtime_ns + 1
+
+    def replace_audio_by_as_long() -> None:
+        soundfile.write(audio, np.full(1600, 0.1), 16000)
+        os.utime(audio, ns=(0, changed))
+
+    for change in (replace_audio_by_as_long, lambda: (tmp_path / "train" / "b").rename(tmp_path / "train" / "bb"),
+                   lambda: (tmp_path / "train" / "c" / "7" / "c-7.trans.txt").write_text("c-7-0 B A\n"), audio.unlink):
+        change()
+        corpora.append(prepare_corpus(settings, tmp_path)[0])
+    assert len({corpus.fingerprints["train"] for corpus in corpora}) == 5
+    assert len({corpus.fingerprints["dev"] for corpus in corpora}) == 1
+    assert {u.spk_id for u in corpora[2].splits["train"]} == {"a", "bb", "c", "e"}
+
+
+def test_a_dangling_link_is_left_out_and_listed(tmp_path: Path) -> None:
+    make_folders(tmp_path)
+    (tmp_path / "dev" / "d" / "7" / "d-7.trans.txt").write_text("d-7-0 A B\nd-7-1 A B\n")
+    (tmp_path / "dev" / "d" / "7" / "d-7-1.wav").symlink_to(tmp_path / "nowhere.wav")
+    settings = Settings(output_folder=str(tmp_path / "out"), data_folder=str(tmp_path), train_splits=["train"], dev_splits=["dev"])
+    assert [u.utt_id for u in prepare_corpus(settings, tmp_path)[0].splits["dev"]] == ["d-7-0"]
+    assert "d-7-1.wav: no such audio file" in (tmp_path / "out" / "manifests" / "dev.excluded.csv").read_text()
 
 
 def corpus_of(train: str, dev: str) -> Corpus:
     splits = {name: [Utterance(name, 1.0, Path("x.wav"), "s", tuple(text.split()))] for name, text in (("train", train), ("dev", dev))}
-    return Corpus(splits, ["train"], [], ["dev"], Path("."), "manifests")
+    return Corpus(splits, ["train"], [], ["dev"], Path("."), {"train": train, "dev": dev})
 
 
 def lexicon_file(folder: Path, words: str = "THE CAT SAT") -> Path:
@@ -95,23 +124,74 @@ def test_transcripts_of_reported_splits_do_not_extend_the_vocabulary(tmp_path: P
     assert set(vocabularies[0]) == {"THE", "CAT", "SAT", "ZORB", "SANG", "QUUX"}
 
 
-def test_a_language_model_that_the_lexicon_covers_changes_no_fingerprint(tmp_path: Path) -> None:
-    arpa, lexicon = tmp_path / "lm.arpa", lexicon_file(tmp_path)
-    write_arpa(estimate_kneser_ney([("THE", "CAT", "SAT")], 2), arpa)
-    _, record = prepare_text(settings_of(tmp_path, unknown_words="g2p"), corpus_of("THE CAT", "THE SAT"), [lexicon], arpa, None)
-    assert record.inputs == {"manifests": "manifests", "lexicon 0": file_fingerprint(lexicon), "lm": file_fingerprint(arpa)}
-    assert (tmp_path / "out" / "text" / "lexicon_generated.txt").read_text() == ""
-    lexicon_file(tmp_path, "THE CAT")
-    _, lacking = prepare_text(settings_of(tmp_path, unknown_words="g2p"), corpus_of("THE CAT", "THE CAT"), [lexicon], arpa, None)
-    assert "lm_words" in lacking.inputs
+@needs_espeak
+def test_alignments_depend_on_the_words_of_their_transcripts_and_the_graph_on_all(tmp_path: Path) -> None:
+    texts = {}
+    for name, dev, sentence in (("first", "THE CAT", "THE SAT"), ("lm", "THE CAT", "SAT THE"), ("lm words", "THE CAT", "THE ZORB"),
+                                ("split", "VEX", "THE SAT")):
+        arpa = tmp_path / f"{name}.arpa"
+        write_arpa(estimate_kneser_ney([sentence.split()], 2), arpa)
+        texts[name], _ = prepare_text(settings_of(tmp_path, unknown_words="g2p"), corpus_of("THE QUUX", dev), [lexicon_file(tmp_path)], arpa, None)
+    assert ["ZORB" in text.lexicon for text in texts.values()] == [False, False, True, False]
+    assert ["VEX" in text.lexicon for text in texts.values()] == [False, False, False, True]
+    assert len({text.pronunciations_fingerprint([("THE", "QUUX")]) for text in texts.values()}) == 1
+    assert texts["split"].pronunciations_fingerprint([("VEX",)]) != texts["first"].pronunciations_fingerprint([("VEX",)])
+    assert len({text.fingerprint for text in texts.values()}) == 4
+    lexicon = texts["first"].lexicon.pronunciations
+    for other in (lexicon | {"QUUX": (("K",),)}, lexicon | {"NEW": (("NG", "NEW"),)}):  # other pronunciations, another phone
+        assert replace(texts["first"], lexicon=Lexicon(other)).pronunciations_fingerprint([("THE", "QUUX")]) != texts["first"].pronunciations_fingerprint(
+            [("THE", "QUUX")])
+
+
+@pytest.mark.parametrize("unknown_words", ["exclude", "g2p"])
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("lm.arpa", b"", "cut off or not an ARPA file"),
+    ("lm.arpa", b"\\data\\\nngram 1=2\n\n\\1-grams:\n-1\tTHE\n", r"1 of 2 1-grams|cut off"),
+    ("lm.arpa.gz", b"\\data\\", "could not be read"),
+])
+def test_a_broken_language_model_is_an_error_before_anything_is_trained(tmp_path: Path, unknown_words: str, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(AsrKdError, match=rf"{name}: .*{message}") as error:
+        prepare_text(settings_of(tmp_path, unknown_words=unknown_words), corpus_of("THE CAT", "THE SAT"), [lexicon_file(tmp_path)], tmp_path / name, None)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["lm", "lm_text"])
+def test_lexicon_and_language_model_without_a_word_in_common(tmp_path: Path, form: str) -> None:
+    path = tmp_path / form
+    if form == "lm":
+        write_arpa(estimate_kneser_ney([("LE", "CHAT")], 2), path)
+    else:
+        path.write_text("LE CHAT\n")
+    paths = (path, None) if form == "lm" else (None, path)
+    with pytest.raises(AsrKdError, match=rf"{form}: none of the 2 words \(such as 'CHAT'\) is among the 3 of the lexicon \(such as 'CAT'\)"):
+        prepare_text(settings_of(tmp_path), corpus_of("THE CAT", "THE SAT"), [lexicon_file(tmp_path)], *paths)
+
+
+def test_text_for_the_language_model_is_utf_8_with_or_without_a_mark(tmp_path: Path) -> None:
+    lm_text = tmp_path / "lm.txt"
+    lm_text.write_text("\ufeffTHE CAT\n", encoding="utf-8")
+    text, _ = prepare_text(settings_of(tmp_path), corpus_of("THE CAT", "THE SAT"), [lexicon_file(tmp_path)], None, lm_text)
+    assert set(read_vocabulary(text.arpa)) == {"THE", "CAT"}
+    lm_text.write_text("THE CAT\n", encoding="utf-16")
+    with pytest.raises(AsrKdError, match=r"lm\.txt: not readable as text .*; save it as UTF-8"):
+        prepare_text(settings_of(tmp_path), corpus_of("THE CAT", "THE SAT"), [lexicon_file(tmp_path)], None, lm_text)
+
+
+def test_a_language_model_of_the_training_transcripts_follows_the_choice_of_tuning_speakers(tmp_path: Path) -> None:
+    corpus = replace(corpus_of("THE CAT", "THE SAT"), evaluation=[])
+    vocabularies = []
+    for train in (["train"], ["train", "dev"]):
+        text, _ = prepare_text(settings_of(tmp_path), replace(corpus, train=train), [lexicon_file(tmp_path)], None, None)
+        vocabularies.append(set(read_vocabulary(text.arpa)))
+    assert vocabularies == [{"THE", "CAT"}, {"THE", "CAT", "SAT"}]
 
 
 def test_words_are_left_without_pronunciation_where_none_are_generated(tmp_path: Path) -> None:
     arpa, lexicon = tmp_path / "lm.arpa", lexicon_file(tmp_path)
     write_arpa(estimate_kneser_ney([("THE", "CAT", "ZORB")], 2), arpa)
-    text, record = prepare_text(settings_of(tmp_path, unknown_words="exclude"), corpus_of("THE CAT", "THE ZORB"), [lexicon], arpa, None)
+    text, _ = prepare_text(settings_of(tmp_path, unknown_words="exclude"), corpus_of("THE CAT", "THE ZORB"), [lexicon], arpa, None)
     assert text.lexicon == read_lexicon(lexicon)
-    assert "lm_words" not in record.inputs
 
 
 def test_lower_case_transcripts_beside_an_upper_case_lexicon_are_an_error(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,3 +37,53 @@ def test_manifests_and_features_of_a_librispeech_folder(tmp_path: Path, capsys: 
     np.testing.assert_array_equal(FrameStore(tmp_path / "features").frames, FrameStore(tmp_path / "expected").frames)
     with pytest.raises(AsrKdError, match="none: not found"):
         run("librispeech.py", tmp_path, "none")
+
+
+def test_features_lists_what_the_manifest_and_what_the_audio_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(0, 0.1, 8000), 16000)
+    (tmp_path / "b.wav").write_text("not audio")
+    (tmp_path / "m.csv").write_text("ID,duration,wav,spk_id,wrd\n" + "".join(f"{name},0.5,{name}.wav,s,A\n" for name in "abc"))
+    run("features.py", tmp_path / "m.csv", tmp_path / "features")
+    assert ", 2 left out" in capsys.readouterr().out
+    listed = (tmp_path / "features" / "exclusions.csv").read_text()
+    assert f"c,no audio at {tmp_path}/c.wav" in listed
+    assert f"b,{tmp_path}/b.wav: not readable as audio" in listed
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--speed", "0"], r"speeds is \[0.0\], expected numbers from 0.5 to 2"),
+    (["--speed", "nan"], r"speeds is \[nan\]"),
+    (["--num_mels", "0"], "num_mels is 0, expected 1 or more"),
+    (["--num_jobs", "0"], "num_jobs is 0"),
+    (["--device", "foo"], "device: foo cannot be used"),
+])
+def test_features_refuses_what_the_recipe_refuses(tmp_path: Path, words: list[str], message: str) -> None:
+    with pytest.raises(AsrKdError, match=message):
+        run("features.py", "m.csv", tmp_path / "features", *words)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--seed", "-1"], "settings: seed is -1"),
+    (["--minutes", "../up=1"], "synthetic_minutes names '../up'"),
+])
+def test_the_synthetic_corpus_refuses_what_the_recipe_refuses(tmp_path: Path, words: list[str], message: str) -> None:
+    with pytest.raises(AsrKdError, match=message):
+        run("synthetic.py", tmp_path / "corpus", *words)
+
+
+def test_minutes_of_the_synthetic_corpus_are_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for minutes in ("train", "train=nan", "train=many"):
+        with pytest.raises(SystemExit):
+            run("synthetic.py", tmp_path / "corpus", "--minutes", minutes)
+        assert minutes in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_scripts_say_in_one_line_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for script, words in (("synthetic.py", ["corpus", "--seed", "-1"]), ("features.py", ["m.csv", "f", "--num_mels", "0"]), ("librispeech.py", [".", "none"])):
+        monkeypatch.setattr(sys, "argv", [script, *words])
+        with pytest.raises(SystemExit) as stop:
+            runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert error.startswith("asr-kd: ")
+        assert error.count("\n") == 1

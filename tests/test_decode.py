@@ -19,7 +19,6 @@ from asr_kd.decode import (
     decode_parallel,
     read_trn,
     real_time_factor,
-    smoothed_log_priors,
     tune,
     unfinished_utterances,
     write_trn,
@@ -185,7 +184,3 @@ def test_trn_round_trip_and_cut_off_line(tmp_path: Path) -> None:
     (tmp_path / "dev.trn").write_text("IT'S FINE (1-2-0003)\nAND THEN (1-2")
     with pytest.raises(AsrKdError, match="line 2"):
         read_trn(tmp_path / "dev.trn")
-
-
-def test_prior_of_an_unseen_state_is_finite() -> None:
-    assert np.exp(smoothed_log_priors([0, 5, 92], pseudo_count=1)) == pytest.approx([0.01, 0.06, 0.93])

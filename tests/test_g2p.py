@@ -56,6 +56,23 @@ def test_stress_digits_where_the_lexicon_has_them() -> None:
 
 
 @needs_espeak
+@pytest.mark.parametrize(("endings", "banana"), [
+    (("1",), "B AH1 N AE1 N AH1"), (("0", "2"), "B AH0 N AE2 N AH0"), (("0", "1"), "B AH0 N AE1 N AH0"), (("", "1"), "B AH N AE1 N AH"),
+])
+def test_a_stress_digit_that_the_lexicon_lacks_becomes_the_nearest(endings: tuple[str, ...], banana: str) -> None:
+    vowels = [phone + ending for phone in CMU_PHONES if phone[0] in "AEIOU" for ending in endings]
+    g2p = EspeakG2P(vowels + [phone for phone in CMU_PHONES if phone[0] not in "AEIOU"])
+    assert g2p(["BANANA"])["BANANA"] == (tuple(banana.split()),)
+
+
+@needs_espeak
+def test_a_vowel_that_lacks_one_digit_stays_that_vowel() -> None:
+    phones = [phone + digit for phone in CMU_PHONES if phone[0] in "AEIOU" for digit in "012"] + [phone for phone in CMU_PHONES if phone[0] not in "AEIOU"]
+    g2p = EspeakG2P([phone for phone in phones if phone not in ("OY2", "UW0", "AW0")])
+    assert [g2p._nearest(*phone) for phone in (("OY", "2"), ("UW", "0"), ("AW", "0"), ("AW", "1"))] == ["OY1", "UW1", "AW1", "AW1"]
+
+
+@needs_espeak
 def test_phones_that_the_lexicon_lacks_become_the_nearest() -> None:
     small = [phone for phone in CMU_PHONES if phone not in ("ZH", "UH", "AO", "DH", "ER")]
     found = EspeakG2P(small)(["VISION", "GOOD", "THOUGHT", "THIS", "BIRD"])

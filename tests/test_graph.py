@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import kaldifst
@@ -22,7 +22,7 @@ from asr_kd.graph import GRAPH, GraphSettings, build_graph, compile_grammar, dis
 from asr_kd.hclg import write_hclg
 from asr_kd.hmm.model import untied_model
 from asr_kd.lexicon import Lexicon
-from asr_kd.lm import estimate_kneser_ney, write_arpa
+from asr_kd.lm import estimate_kneser_ney, read_vocabulary, write_arpa
 
 LEXICON = Lexicon({"A": (("A",),), "AY": (("A", "Y"),), "RED": (("R", "E"),), "READ": (("R", "E"), ("R", "Y")), "NEVER": (("E",),)})
 TEXT = [("A", "RED"), ("READ", "A"), ("A", "AY"), ("RED", "UNHEARD"), ("AY", "READ", "A")]
@@ -125,7 +125,9 @@ def test_arpa2fst_reads_what_we_read(arpa_path: Path, tmp_path: Path) -> None:
     table = tmp_path / "words.txt"
     words = ["A", "AY", "READ", "RED"]
     table.write_text("".join(f"{word} {index}\n" for index, word in enumerate(["<eps>", *words, "#0", "<s>", "</s>"])))
-    grammar = compile_grammar(arpa_path, table, tmp_path)
+    with open(tmp_path / "lm.arpa", "w", encoding="utf-8") as copy:
+        assert sorted(read_vocabulary(arpa_path, copy)) == sorted([*words, "UNHEARD"])
+    grammar = compile_grammar(tmp_path / "lm.arpa", table)
     arpa = estimate_kneser_ney(TEXT, order=3)
     arcs = [line.split() for line in grammar.to_str(show_weight_one=True).splitlines()]
     weights = sorted(float(arc[4]) for arc in arcs if len(arc) == 5 and arc[2] in "1234")
@@ -165,6 +167,22 @@ def test_const_fst_round_trip_and_word_cost(tmp_path: Path) -> None:
     assert sorted((int(a["ilabel"]), int(a["olabel"]), float(a["weight"])) for a in map_const_fst(tmp_path / "costly").arcs) == sorted(expected)
 
 
+@pytest.mark.parametrize("change", [
+    lambda text: "\ufeff" + text,
+    lambda text: text.replace("\n", "\r\n"),
+    lambda text: text.replace("A RED", "A\u3000RED"),
+    lambda text: text.replace("</s>\n", "</s>\t0\n"),
+])
+def test_forms_of_arpa_give_the_same_graph(arpa_path: Path, tmp_path: Path, change: Callable[[str], str]) -> None:
+    odd = tmp_path / "odd.arpa"
+    odd.write_bytes(change(arpa_path.read_text()).encode())
+    assert odd.read_bytes() != arpa_path.read_bytes()
+    odd.chmod(0o444)
+    for name, arpa in (("plain", arpa_path), ("odd", odd)):
+        build_graph(LEXICON, arpa, toy_hmm(LEXICON.phones), tmp_path / name)
+    assert (tmp_path / "odd" / GRAPH).read_bytes() == (tmp_path / "plain" / GRAPH).read_bytes()
+
+
 def test_cut_off_or_foreign_graph_is_refused(arpa_path: Path, tmp_path: Path) -> None:
     build_graph(LEXICON, arpa_path, toy_hmm(LEXICON.phones), tmp_path)
     whole = (tmp_path / GRAPH).read_bytes()
@@ -188,6 +206,9 @@ def test_mismatches_are_refused(arpa_path: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.arpa").write_text(re.sub(r"\\end\\\n$", "", arpa_path.read_text()))
     with pytest.raises(AsrKdError, match=r"cut\.arpa: cut off"):
         build_graph(LEXICON, tmp_path / "cut.arpa", toy_hmm(LEXICON.phones), tmp_path)
+    (tmp_path / "unmarked.arpa").write_text(re.sub(r"\n-99\t<s>.*", "", arpa_path.read_text()).replace("ngram 1=7", "ngram 1=6"))
+    with pytest.raises(AsrKdError, match=r"unmarked\.arpa: no <s> among the 6 1-grams"):
+        build_graph(LEXICON, tmp_path / "unmarked.arpa", toy_hmm(LEXICON.phones), tmp_path)
     assert not (tmp_path / "graph.json").exists()
 
 

@@ -201,6 +201,26 @@ def test_fmllr_leaves_speakers_with_little_speech_alone() -> None:
     assert fmllr(sums) is None
 
 
+def test_fmllr_leaves_speakers_with_degenerate_features_alone() -> None:
+    mixtures = random_mixtures(5, 4, 3)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randint(0, 4, (2000,), generator=generator).numpy()
+    ordinary = drawn(mixtures, states, generator)
+    constant, broken = ordinary.clone(), ordinary.clone()
+    constant[:, 1] = 0.3
+    broken[7, 0] = torch.nan
+
+    def transform(raw: Tensor) -> Tensor | None:
+        sums = TransformStatistics(3)
+        sums.add(mixtures, raw, ordinary, states)
+        return fmllr(sums)
+
+    assert transform(ordinary) is not None
+    assert transform(ordinary * torch.tensor([0.1, 1.0, 10.0]) + 3) is not None
+    for degenerate in (torch.zeros(2000, 3), constant, ordinary[:2].repeat(1000, 1), broken):
+        assert transform(degenerate) is None
+
+
 def test_mllt_makes_correlated_dimensions_independent() -> None:
     """One state whose frames are a rotation of independent dimensions: log-determinant plus likelihood must reach the full-covariance optimum."""
     generator = torch.Generator().manual_seed(0)

@@ -14,9 +14,9 @@ from pretend_gpu import pretend_gpu
 
 from asr_kd.errors import AsrKdError
 from asr_kd.frames import FrameStore, FrameWriter
-from asr_kd.hmm import train
-from asr_kd.hmm.align import Aligner, Segments, align, align_with_network, learn_transitions, segment_rows, state_priors
-from asr_kd.hmm.corpus import Graphs, chunks, viterbi_batches
+from asr_kd.hmm import checkpoint, train
+from asr_kd.hmm.align import ADAPTATIONS, Aligner, Segments, align, align_with_network, learn_transitions, segment_rows, state_priors, usable_utterances
+from asr_kd.hmm.corpus import FixedPhones, Graphs, chunks, viterbi_batches
 from asr_kd.hmm.features import joined
 from asr_kd.hmm.frontend import Frontend, add_deltas, dct_matrix, splice
 from asr_kd.hmm.model import EDGE, SIL, HmmModel, context_codes, untied_model
@@ -161,7 +161,7 @@ def test_targets_are_states_of_the_phones_in_their_context(made: Made, trained: 
     align(aligner, store, one, speakers, LEXICON, tmp_path)
     hmm, targets, segments = aligner.hmm, FrameStore(tmp_path), Segments(tmp_path)
     for utt_id in one:
-        ids = np.array([EDGE, *hmm.phone_ids(tuple(phone for phone, _, _ in segments.phones(utt_id))), EDGE])
+        ids = np.array([EDGE, *(hmm.phones.index(phone) + 1 for phone, _, _ in segments.phones(utt_id)), EDGE])
         wanted = hmm.state_ids(ids[:-2], ids[1:-1], ids[2:]).reshape(-1)
         assert [state for state, _ in itertools.groupby(targets[utt_id].tolist())] == [state for state, _ in itertools.groupby(wanted.tolist())]
 
@@ -184,6 +184,49 @@ def test_training_that_was_cut_off_continues_to_the_same_result(made: Made, trai
     resumed = train_gmm_hmm(*made[:3], LEXICON, SETTINGS, folder=tmp_path)
     assert len(passes) == len(schedule(SETTINGS)) + 3
     assert same(resumed, trained[0])
+
+
+def test_training_that_was_cut_off_while_writing_continues_to_the_same_result(made: Made, trained: tuple[Aligner, Path],
+                                                                             tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut off before the alignment is whole, before it is pointed to, and before earlier ones are removed."""
+    calls: list[str] = []
+
+    def cut_off_at_the_third(name: str) -> None:
+        do = getattr(checkpoint, name)
+
+        def cut(*arguments: object, **options: object) -> object:
+            if name != "write_json" or arguments[0] == tmp_path / checkpoint.LATEST:
+                calls.append(name)
+                if calls.count(name) == 3:
+                    raise KeyboardInterrupt
+            return do(*arguments, **options)
+
+        monkeypatch.setattr(checkpoint, name, cut)
+
+    writes = ("_save_alignment", "write_json", "rmtree")
+    for name in writes:
+        cut_off_at_the_third(name)
+    for _ in writes:
+        with pytest.raises(KeyboardInterrupt):
+            train_gmm_hmm(*made[:3], LEXICON, SETTINGS, folder=tmp_path)
+    assert same(train_gmm_hmm(*made[:3], LEXICON, SETTINGS, folder=tmp_path), trained[0])
+
+
+def test_an_alignment_is_written_only_when_it_is_made(made: Made, trained: tuple[Aligner, Path], tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    save = checkpoint._save_alignment
+
+    def noted(place: Path, state: train.TrainState) -> None:
+        written.append(state.done)
+        save(place, state)
+
+    monkeypatch.setattr(checkpoint, "_save_alignment", noted)
+    train_gmm_hmm(*made[:3], LEXICON, replace(SETTINGS, boundaries=False), folder=tmp_path)
+    passes = schedule(SETTINGS)
+    assert written == [number for number, step in enumerate(passes, start=1) if number == 1 or step.realign or (step.number == 1 and step.stage != "mono")]
+    assert len(written) < len(passes)
+    assert [place.name for place in tmp_path.glob("aligned*")] == [f"aligned{written[-1]}"]
 
 
 def test_damaged_checkpoint_or_other_settings_start_anew(made: Made, tmp_path: Path,
@@ -233,6 +276,52 @@ def test_utterances_that_cannot_be_aligned_are_listed(made: Made, trained: tuple
     lines = (tmp_path / "exclusions.csv").read_text().splitlines()
     assert len(lines) == 5
     assert lines[1].startswith(oov)
+
+
+def test_an_utterance_too_long_to_align_at_once_is_listed(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, words, _, _ = made
+    graphs, features = Graphs(words, LEXICON, ("SIL", *LEXICON.phones)), joined(store)
+    cells = {utt_id: store.length(utt_id) * graphs[utt_id].num_states for utt_id in words}
+    longest = max(cells, key=lambda utt_id: cells[utt_id])
+    monkeypatch.setattr("asr_kd.hmm.corpus.MAX_UTTERANCE_CELLS", cells[longest] - 1)
+    assert usable_utterances(graphs, features)[1] == [Exclusion(
+        longest, f"{store.length(longest)} frames with {graphs[longest].num_states} states of its transcript, too long to align at once: cut it")]
+    monkeypatch.setattr("asr_kd.hmm.corpus.MAX_UTTERANCE_CELLS", cells[longest])
+    assert usable_utterances(graphs, features)[1] == []
+
+
+def test_sizes_of_graphs_are_told_without_building_them(made: Made, trained: tuple[Aligner, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    store, words, speakers, _ = made
+    features, phones, cpu = joined(store), trained[0].hmm.phones, torch.device("cpu")
+    graphs = Graphs(words, LEXICON, phones)
+    sizes = {utt_id: graphs[utt_id].num_states for utt_id in words}
+    found = trained[0].align(Frontend.of(features, speakers, list(words)), graphs, list(words))
+    fixed = FixedPhones(graphs, {utt_id: own for utt_id, own in found.items() if own is not None})
+    fixed_sizes = {utt_id: fixed[utt_id].num_states for utt_id in words}
+
+    def build(*_: object) -> AlignmentGraph:
+        raise AssertionError("a graph was built")
+
+    monkeypatch.setattr("asr_kd.hmm.corpus.build_alignment_graph", build)
+    monkeypatch.setattr("asr_kd.hmm.corpus.path_graph", build)
+    fresh = Graphs(words, LEXICON, phones)
+    assert usable_utterances(fresh, features) == (list(words), [])
+    assert {utt_id: fresh.size(utt_id) for utt_id in words} == sizes
+    assert {utt_id: fixed.size(utt_id) for utt_id in words} == fixed_sizes
+    assert sorted(utt_id for batch in viterbi_batches(words, fixed, features, cpu) for utt_id in batch) == sorted(words)
+
+
+def test_speakers_with_degenerate_features_are_counted_and_not_adapted_to(made: Made, trained: tuple[Aligner, Path], tmp_path: Path,
+                                                                         caplog: pytest.LogCaptureFixture) -> None:
+    store, words, speakers, _ = made
+    with FrameWriter(tmp_path / "features", (40,), np.float16) as writer:
+        for utt_id in words:
+            writer.append(utt_id, np.zeros_like(store[utt_id]) if speakers[utt_id] == "speaker1" else store[utt_id])
+    caplog.set_level("INFO")
+    assert align(trained[0], FrameStore(tmp_path / "features"), words, speakers, LEXICON, tmp_path / "out") == []
+    told = [record.getMessage() for record in caplog.records if "not adapted to" in record.getMessage()]
+    assert len(told) == ADAPTATIONS
+    assert told[0].startswith("1 of 3 speakers are not adapted to")
 
 
 def test_alignment_by_a_network_follows_its_scores(made: Made, trained: tuple[Aligner, Path],
@@ -322,8 +411,6 @@ def test_hmm_model_checks_and_round_trip(tmp_path: Path) -> None:
     assert np.array_equal(loaded.state_ids([0, 1], [2, 3], [3, 0]), [[3, 4, 5], [6, 7, 8]])
     with pytest.raises(AsrKdError, match=r"centre phone ids 0\.\.0, expected 1\.\.3"):
         hmm.state_ids(1, 0, 1)
-    with pytest.raises(AsrKdError, match="phone Q"):
-        hmm.phone_ids(("A", "Q"))
 
 
 def test_frontend_equals_slow_formulas(made: Made) -> None:

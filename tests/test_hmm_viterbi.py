@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from asr_kd.hmm.corpus import num_graph_states
 from asr_kd.hmm.model import EDGE, SIL, HmmModel, context_codes, split_codes, untied_model
 from asr_kd.hmm.topology import PLAIN, AlignmentGraph, build_alignment_graph, even_path
 from asr_kd.hmm.viterbi import choice_weights, viterbi
@@ -74,6 +75,12 @@ def test_batched_viterbi_finds_the_best_of_all_paths(cases: list[tuple[list[list
             assert path.log_probability == pytest.approx(score, abs=1e-3)
             assert len(path.states) == len(table)
             assert path.states.tolist() == states
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.lists(st.lists(st.integers(2, NUM_PHONES), min_size=1, max_size=4).map(tuple), min_size=1, max_size=3), max_size=5))
+def test_states_of_a_graph_are_counted_without_building_it(words: list[list[tuple[int, ...]]]) -> None:
+    assert num_graph_states(words) == build_alignment_graph(words, NUM_PHONES).num_states
 
 
 def test_min_frames_is_the_shortest_alignable_length() -> None:

@@ -53,6 +53,7 @@ def test_variants_that_differ_in_stress_alone_become_one(tmp_path: Path) -> None
 
 def test_probability_column_is_recognised_only_when_every_line_has_one(tmp_path: Path) -> None:
     assert read_lexicon(write(tmp_path, "A 1.0 AH\nA 0.25 EY\nBE 1 B IY\n")).pronunciations == {"A": (("AH",), ("EY",)), "BE": (("B", "IY"),)}
+    assert read_lexicon(write(tmp_path, "A 2.5e-05 AH\nA .5 EY\nBE 1e-3 B IY\n")).pronunciations == {"A": (("AH",), ("EY",)), "BE": (("B", "IY"),)}
     with pytest.raises(AsrKdError, match=r"lexicon.txt:2: word 'A' has '0.25'"):
         read_lexicon(write(tmp_path, "A AH\nA 0.25 EY\n"))
 
@@ -62,10 +63,9 @@ def test_files_are_merged_and_doubles_removed(tmp_path: Path) -> None:
     assert read_lexicon([first, second]).pronunciations == {"A": (("AH",), ("EY",)), "B": (("B", "IY"),), "C": (("S", "IY"),)}
 
 
-def test_case_is_kept_unless_asked(tmp_path: Path) -> None:
+def test_case_is_kept(tmp_path: Path) -> None:
     path = write(tmp_path, "the DH AH\nThe DH IY\n")
     assert read_lexicon(path)["the"] == (("DH", "AH"),)
-    assert read_lexicon(path, case="upper").pronunciations == {"THE": (("DH", "AH"), ("DH", "IY"))}
     with pytest.raises(AsrKdError, match=r"'THE' is not in the lexicon of 2 words \('the' is: .* differ in case\)"):
         read_lexicon(path)["THE"]
 
@@ -79,6 +79,13 @@ def test_silence_entries_are_left_out_and_logged(tmp_path: Path, caplog: pytest.
     caplog.set_level("INFO")
     assert read_lexicon(write(tmp_path, "!SIL SIL\n<UNK> SPN\nA AH\n")).phones == ("AH", "SPN")
     assert "left out as silence: !SIL" in caplog.text
+
+
+def test_lexicon_without_words_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AsrKdError, match=r"lexicon.txt: every entry stands for silence \(SIL\), expected words"):
+        read_lexicon(write(tmp_path, "!SIL SIL\n<sil> SIL\n"))
+    with pytest.raises(AsrKdError, match="no file given"):
+        read_lexicon([])
 
 
 @pytest.mark.parametrize(("text", "message"), [

@@ -121,8 +121,20 @@ def test_real_model_sums_to_one_and_has_its_published_perplexity() -> None:
     [(lambda text: text[: text.index("-1\tB A")], r"cut off .*1 of 2 2-grams, no \\end\\"),
      (lambda text: text.replace("-1\tB A\n", ""), r"cut off .*1 of 2 2-grams\)"),
      (lambda text: text.replace("\\end\\", ""), r"cut off .*no \\end\\"),
-     (lambda text: text.replace("-1\tB A", "-1\tB A C -1"), r"line 14 is '-1\\tB A C -1', expected a number, 2 words"),
+     (lambda text: text.replace("-1\tB A", "-1\tB A C -1"), r"line 14 is '-1\\tB A C -1', expected a log10 probability \(finite, at most 0\), 2 words"),
      (lambda text: text.replace("-1\tB A", "x\tB A"), "line 14"),
+     *((lambda text, value=value: text.replace("-1\tB A", f"{value}\tB A"), "line 14 .*expected a log10 probability")
+       for value in ("-inf", "nan", "0.1", "-1e39", "-1_0", "-\u0661")),
+     *((lambda text, value=value: text.replace("B\t0.2", f"B\t{value}"), "line 10 .*finite back-off weight") for value in ("inf", "nan", "-inf", "1e39")),
+     (lambda text: text.replace("-1\tB A", "-1\tB \0A"), "line 14"),
+     (lambda text: text.replace("-1\tB A", "-1\tB #0"), "line 14 .*not the reserved #0 or <eps>; remove it"),
+     (lambda text: text.replace("-0.6\tB", "-0.6\tA"), "line 10 holds 'A' a second time"),
+     (lambda text: text.replace("-99\t<s>\t-0.3\n", "").replace("1=4", "1=3"), "no <s> among the 3 1-grams, expected both <s> and </s>"),
+     (lambda text: text.replace("-0.5\t</s>\n", "").replace("1=4", "1=3"), "no </s> among the 3 1-grams"),
+     (lambda text: text.replace("2-grams:", "3-grams:"), r"line 12 is '\\\\3-grams:', expected '\\\\2-grams:'"),
+     (lambda text: text.replace("ngram 2=2", "ngram 2=2\nngram 3=0"), "cut off .*0 of 0 3-grams"),
+     (lambda text: text.replace("\\data\\", ""), "not an ARPA file"),
+     (lambda text: text.replace("ngram 2=2", "ngram 2=2\nngram 0=0"), "line 5 is 'ngram 0=0'"),
      (lambda text: text.replace("ngram 2=2", "ngram 2"), "line 4"),
      (lambda text: "<html>", "not an ARPA file"),
      (lambda text: "", "not an ARPA file")],
@@ -133,6 +145,30 @@ def test_damaged_arpa_is_one_line_error(tmp_path: Path, spoil: Callable[[str], s
         with pytest.raises(AsrKdError, match=message) as caught:
             read(tmp_path / "bad.arpa")
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [
+    lambda text: "\ufeff" + text.lstrip(),
+    lambda text: text.replace("\n", "\r\n"),
+    lambda text: text.replace(" ", "\u3000").replace("ngram\u3000", "ngram "),
+    lambda text: text.replace("<s> A\n", "<s>  A \t0\n"),  # a back-off weight in the highest order
+    lambda text: "ngram models are\n\n" + text.replace("ngram 1=", "made by hand\nngram 1 = ").replace("\\end\\\n", "\\end\\"),
+])
+def test_forms_of_arpa_are_read_alike_and_copied_in_the_plainest(tmp_path: Path, change: Callable[[str], str]) -> None:
+    copies = []
+    for name, text in (("plain.arpa", BY_HAND), ("odd.arpa", change(BY_HAND))):
+        (tmp_path / name).write_bytes(text.encode())
+        copy = io.StringIO()
+        assert read_vocabulary(tmp_path / name, copy) == ["A", "B"]
+        copies.append(copy.getvalue().replace("1 = 4", "1=4"))
+    assert copies[0] == BY_HAND.replace("\t", " ").replace("\n\n", "\n").removeprefix("\n")
+    assert copies[1] == copies[0]
+    assert read_arpa(tmp_path / "odd.arpa") == read_arpa(tmp_path / "plain.arpa")
+
+
+def test_a_probability_rounded_to_just_above_one_is_read(tmp_path: Path) -> None:
+    (tmp_path / "rounded.arpa").write_text(BY_HAND.replace("-1\tB A", "5e-7\tB A"))
+    assert read_arpa(tmp_path / "rounded.arpa").ngrams[1]["B", "A"] == (5e-7, 0.0)
 
 
 def test_cut_off_gzip_and_missing_file(tmp_path: Path) -> None:
@@ -159,3 +195,11 @@ def test_bad_text_is_refused(sentences: list[tuple[str, ...]], order: int, messa
 def test_unknown_word_without_unk() -> None:
     assert Arpa(({("</s>",): (0.0, 0.0)},)).log10_prob((), "Z") == -math.inf
     assert Arpa(({("</s>",): (-0.1, 0.0), ("<unk>",): (-0.7, 0.0)},)).log10_prob((), "Z") == -0.7
+
+
+def test_unknown_words_of_the_history_count_as_unk() -> None:
+    unigrams = {("A",): (-0.3, 0.0), ("<unk>",): (-0.7, -0.2), ("</s>",): (-0.5, 0.0)}
+    arpa = Arpa((unigrams, {("<unk>", "A"): (-0.1, 0.0), ("<unk>", "<unk>"): (-0.4, 0.0)}))
+    assert arpa.log10_prob(("A", "Z"), "A") == -0.1
+    assert arpa.log10_prob(("Z",), "Y") == -0.4
+    assert arpa.log10_prob(("Z",), "</s>") == pytest.approx(-0.7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import tarfile
 from pathlib import Path
 
@@ -76,6 +77,61 @@ def test_two_audio_files_of_one_utterance_are_left_out_and_suffixes_have_any_cas
     assert [(u.utt_id, u.wav.name) for u in utterances] == [("84-7-0001", "84-7-0001.FLAC")]
     assert [(e.utt_id, e.reason.split(f" {tmp_path}")[0]) for e in exclusions] == [("84-7-0000", "2 audio files beside"), ("84-7-0002", "no transcript for")]
     assert "(84-7-0000.flac, 84-7-0000.wav), expected one" in exclusions[0].reason
+
+
+def test_audio_at_other_depths_and_of_unknown_suffix_is_listed(tmp_path: Path) -> None:
+    folder = make_chapter(tmp_path, "dev", "84", {"84-7-0000": "A", "84-7-0001": "B"}, ["84-7-0000"])
+    for path in (folder / "deep" / "84-7-0002.flac", folder.parent / "84-7-0003.wav", folder.parents[1] / "84-7-0004.wav"):
+        path.parent.mkdir(exist_ok=True)
+        soundfile.write(path, np.zeros(1600), 16000)
+    (folder / "84-7-0001.m4a").write_bytes(b"audio")
+    (folder / "again").symlink_to(folder.parents[1])  # a link to a folder around it is not followed
+    utterances, exclusions = load_split("dev", tmp_path)
+    assert [u.utt_id for u in utterances] == ["84-7-0000"]
+    assert [e.utt_id for e in exclusions] == ["84-7-0001", "84-7-0002", "84-7-0003", "84-7-0004"]
+    assert "no audio beside" in exclusions[0].reason
+    assert "(found 84-7-0001.m4a, expected .flac .wav" in exclusions[0].reason
+    assert exclusions[1].reason == (f"{folder}/deep/84-7-0002.flac is not two folders below {tmp_path}/dev, expected a speaker's and a chapter's; "
+                                    "move it beside its transcript")
+
+
+@pytest.mark.parametrize("suffix", [".aif", ".aiff", ".au", ".caf", ".flac", ".oga", ".ogg", ".rf64", ".snd", ".sph", ".w64", ".wav"])
+def test_formats_that_soundfile_reads_are_audio(tmp_path: Path, suffix: str) -> None:
+    form = {".aif": "AIFF", ".snd": "AU", ".sph": "NIST", ".oga": "OGG"}.get(suffix, suffix[1:].upper())
+    folder = make_chapter(tmp_path, "dev", "84", {"84-7-0000": "A"}, [])
+    soundfile.write(folder / f"84-7-0000{suffix}", np.zeros(1600), 16000, format=form)
+    assert [u.wav.name for u in load_split("dev", tmp_path)[0]] == [f"84-7-0000{suffix}"]
+
+
+def test_a_folder_or_transcripts_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_chapter(tmp_path, "dev", "84", {"84-7-0000": "A"}, ["84-7-0000"])
+    real = os.scandir
+
+    def refused(path: str) -> object:
+        if str(path) == str(folder.parent):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refused)
+        with pytest.raises(AsrKdError, match=r"dev/84: folder not readable \(Permission denied\); change its permissions or remove it"):
+            load_split("dev", tmp_path)
+    transcripts = folder / "84-7.trans.txt"
+    transcripts.write_text("84-7-0000 A\n", encoding="utf-16")
+    with pytest.raises(AsrKdError, match=r"84-7\.trans\.txt: transcripts not readable .*; save it as UTF-8"):
+        load_split("dev", tmp_path)
+    transcripts.unlink()
+    transcripts.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(AsrKdError, match=r"84-7\.trans\.txt: transcripts not readable \(No such file or directory\); replace the file or remove it"):
+        load_split("dev", tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_id(tmp_path: Path) -> None:
+    folder = make_chapter(tmp_path, "dev", "84", {"\ufeff84-7-0000": "A", "84-7-0001": "B"}, ["84-7-0000", "84-7-0001"])
+    assert (folder / "84-7.trans.txt").read_bytes().startswith(b"\xef\xbb\xbf")
+    utterances, exclusions = load_split("dev", tmp_path)
+    assert [u.utt_id for u in utterances] == ["84-7-0000", "84-7-0001"]
+    assert exclusions == []
 
 
 def test_ids_must_be_unique(tmp_path: Path) -> None:
@@ -163,7 +219,7 @@ def test_unreadable_manifests(tmp_path: Path) -> None:
     with pytest.raises(AsrKdError, match=r"none\.csv: not readable as a CSV manifest"):
         read_manifest(tmp_path / "none.csv")
     (tmp_path / "binary.csv").write_bytes(b"\xff\xfe\x00\x80")
-    with pytest.raises(AsrKdError, match=r"binary\.csv: not readable"):
+    with pytest.raises(AsrKdError, match=r"binary\.csv: not readable .*; save it as UTF-8"):
         read_manifest(tmp_path / "binary.csv")
 
 

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from asr_kd import networks, results
+from asr_kd import networks, results, stage
 from asr_kd.corpus import Corpus
 from asr_kd.ensemble import Ensemble
 from asr_kd.features import Windows
 from asr_kd.frame_data import FrameData
 from asr_kd.frames import FrameStore, FrameWriter
+from asr_kd.manifest import Exclusion, write_exclusions
 from asr_kd.model import ModelShape
 from asr_kd.networks import NETWORKS, TrainingData, network_shape, train_networks
 from asr_kd.settings import Settings, make_settings
@@ -49,6 +50,22 @@ def test_networks_are_identified_by_their_weights(data: TrainingData, tmp_path: 
     assert teachers(data, tmp_path)[1] != one
 
 
+def test_training_that_was_cut_when_only_its_record_was_missing_is_not_repeated(data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_finish", cut)
+        with pytest.raises(KeyboardInterrupt):
+            teachers(data, tmp_path)
+    before = (tmp_path / "teachers" / NETWORKS).read_bytes()
+    (tmp_path / "teachers" / "checkpoint.pt").write_bytes(b"left behind")
+    monkeypatch.setattr(networks, "train", cut)
+    teachers(data, tmp_path)
+    assert (tmp_path / "teachers" / NETWORKS).read_bytes() == before
+    assert not (tmp_path / "teachers" / "checkpoint.pt").exists()
+
+
 def test_a_teacher_without_any_training_is_left_out(data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                    caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(networks, "train", lambda *_, **__: TrainingResult([0.5, -1.0, 0.6], [], {1: 7}, "fp32"))
@@ -74,7 +91,22 @@ def test_soft_targets_of_an_earlier_layout_are_made_again(data: TrainingData, tm
 def test_the_report_lists_teachers_that_diverged(tmp_path: Path) -> None:
     write_json(tmp_path / "teachers" / "training.json", {"diverged": {1: 70}})
     settings = make_settings(TINY | {"output_folder": str(tmp_path)})
-    assert results._exclusions(settings, Corpus({}, [], [], [], tmp_path, "")) == {"teachers": {"member 2: loss not finite at step 70, trained no further": 1}}
+    assert results._exclusions(settings, Corpus({}, [], [], [], tmp_path, {})) == {"teachers": {"member 2: loss not finite at step 70, trained no further": 1}}
+
+
+def test_the_report_counts_each_utterance_left_out_once_and_by_kind(tmp_path: Path) -> None:
+    reasons = {"manifests/train.excluded.csv": ["no transcript for /my data/a.flac", "no transcript for /my data/b.flac"],
+               "features/train/exclusions.csv": [f"{place}: no samples; replace the file" for place in ("/my data/c.flac", "d.wav/d")],
+               "targets/train/exclusions.csv": ["no features", "no features", "word outside the lexicon: ZEBRA", "word outside the lexicon: ORYX EMU",
+                                                "12 frames, shorter than its 30 states", "7 frames, shorter than its 9 states"]}
+    for name, own in reasons.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_exclusions(tmp_path / name, [Exclusion(f"u{n}", reason) for n, reason in enumerate(own)])
+    write_json(tmp_path / "teachers" / "training.json", {"diverged": {}})
+    settings = make_settings(TINY | {"output_folder": str(tmp_path)})
+    assert results._exclusions(settings, Corpus({"train": []}, [], [], [], tmp_path, {}))["train"] == {
+        "not usable: no transcript for … …": 2, "no features: no samples": 2, "not aligned: word outside the lexicon": 2,
+        "not aligned: … frames, shorter than its … states": 2}
 
 
 def test_only_soft_targets_change_the_students_dropout() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,12 +16,15 @@ from pretend_gpu import pretend_gpu
 
 from asr_kd import experiment
 from asr_kd.bundle import load_bundle, transcribe
+from asr_kd.corpus import prepare_corpus, prepare_text
 from asr_kd.decode import read_trn
 from asr_kd.ensemble import Ensemble
 from asr_kd.frames import FrameStore
 from asr_kd.hmm.model import HmmModel
 from asr_kd.manifest import read_manifest
 from asr_kd.score import WordErrors, score_split
+from asr_kd.settings import load_settings
+from asr_kd.sources import find_sources
 from asr_kd.stage import read_json
 
 pytest.importorskip("espeakng_loader", reason="the synthetic corpus needs espeak-ng: pip install -e '.[demo]'")
@@ -141,6 +145,29 @@ def test_a_second_run_does_nothing_again(finished: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("record.json")} == before
 
 
+def records(output: Path) -> dict[str, int]:
+    """When the record of each stage was written."""
+    return {str(path.parent.relative_to(output)): path.stat().st_mtime_ns for path in output.rglob("record.json")}
+
+
+def test_another_language_model_or_split_retrains_nothing(finished: Path) -> None:
+    results, before = read_json(finished / "results.json"), records(finished)
+    done = run(finished, "--lm_order", "1", "--test_splits", "[]")
+    assert done.returncode == 0, done.stderr[-2000:]
+    after = records(finished)
+    decoding = {"manifests", "text", "graph", "tuning", "student/bundle", *(name for name in before if name.startswith("decode/"))}
+    assert {name for name in before if after[name] != before[name]} == decoding
+    assert list(read_json(finished / "results.json")["splits"]) == ["dev"]
+    of_split = {f"{folder}/test" for folder in ("features", "targets_0", "targets")}
+    for folder in of_split:
+        shutil.rmtree(finished / folder)
+    done = run(finished)
+    assert done.returncode == 0, done.stderr[-2000:]
+    again = records(finished)
+    assert {name for name in before if again[name] != after[name]} == decoding | of_split
+    assert without_times(read_json(finished / "results.json")["splits"]) == without_times(results["splits"])
+
+
 @pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda', but CUDA is not available")
 def test_the_whole_recipe_on_a_gpu_gives_the_same(finished: Path, tmp_path: Path) -> None:
     """On one that is pretended: every tensor is where it belongs in every stage, and batches of other sizes change nothing."""
@@ -199,6 +226,34 @@ def test_wrong_settings_are_one_line_and_exit_code_2(finished: Path, more: list[
     assert last.startswith("asr-kd: ")
     assert words in last
     assert "Traceback" not in done.stderr
+
+
+def test_two_runs_in_one_folder_are_refused(finished: Path) -> None:
+    with experiment.alone_in(finished):
+        done = run(finished)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines()[-1] == f"asr-kd: {finished}: another run works here; wait until it has ended or give another output_folder"
+    with experiment.alone_in(finished):  # an ended run has left nothing that is in the way
+        pass
+
+
+def test_the_readmes_command_for_ones_own_speech(finished: Path, tmp_path: Path) -> None:
+    """As far as the words: the command as it stands there, on manifests, with and without a language model."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    words = shlex.split(next(line for line in text.splitlines() if "hparams/own.yaml" in line))[2:]
+    places = {"DATA": tmp_path, "OUT": tmp_path / "out", "lexicon.txt": finished / "corpus" / "lexicon.txt", "lm.arpa.gz": finished / "text" / "lm.arpa"}
+    overrides = [str(places.get(word, word)) for word in words[1:]]
+    for split in ("train", "dev"):
+        shutil.copy(finished / "manifests" / f"{split}.csv", tmp_path / f"{split}.csv")
+    overrides = [word.replace("[", f"[{tmp_path}/") if word.endswith(".csv]") else word for word in overrides]
+    for more in (overrides, overrides[:overrides.index("--lm")]):
+        settings = load_settings(ROOT / words[0], more)
+        sources, _ = find_sources(settings)
+        corpus, _ = prepare_corpus(settings, sources.data_folder)
+        prepared, _ = prepare_text(settings, corpus, sources.lexicon, sources.lm, sources.lm_text)
+        assert corpus.train
+        assert corpus.tuning
+        assert {word for utt_id in corpus.train for word in corpus.words[utt_id]} <= set(prepared.lexicon)
 
 
 def test_a_damaged_store_is_made_again(finished: Path) -> None:

@@ -40,6 +40,10 @@ def test_overrides_in_both_forms_and_references(tmp_path: Path) -> None:
     ({"cmvn": "file"}, "cmvn is 'file', expected one of speaker, utterance, corpus, none"),
     ({"speeds": ["fast"]}, "speeds is 'fast', expected float"),
     ({"data_folder": None}, "no corpus"),
+    ({"synthetic_minutes": {"train": 1}}, "data_folder given beside synthetic_minutes, expected one of them"),
+    ({"synthetic_minutes": {"train": 1}, "data_folder": None, "lexicon": ["a"], "lm": "b", "lm_text": "c", "download": True},
+     "lexicon, lm, lm_text, download given beside synthetic_minutes"),
+    ({"synthetic_minutes": {"train": 1}, "lm": "b"}, "give --synthetic_minutes null for speech of one's own"),
     ({"student_speeds": [0.9]}, "student_speeds is [0.9], expected some of speeds, [1.0]"),
     ({"test_splits": ["a", "b"], "dev_splits": ["a"]}, "name a 2 times, expected once"),
     ({"test_splits": ["train"]}, "name train 2 times, expected once"),
@@ -62,7 +66,7 @@ BAD_NUMBERS: list[tuple[str, list[object]]] = [
     ("sweep_temperatures acoustic_scales", [[], [1.0, 0], [NAN], [INF], [1.0, 2.0, 1.0000001]]),
     ("left_context right_context network_realignments", [-1]),
     ("hard_weight frames_in_memory_gb", [-0.1, NAN, INF]),
-    ("dropout student_dropout", [-0.1, 1.0, NAN]),
+    ("dropout student_dropout", [-0.1, 0.999, 1.0, NAN]),
     ("speeds student_speeds", [[], [1.0, 0], [-1.0], [0.4], [2.1], [NAN], [1.0, 1.0]]),
     ("seed", [-1, 10**16]),
     ("word_insertion_penalties", [[], [NAN], [0.0, 0.0]]),
@@ -136,10 +140,23 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         load_settings(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize(("arguments", "message"), [(["--seed"], "no value"), (["seed", "1"], "expected --key value")])
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--seed"], "no value"),
+    (["seed", "1"], "expected --key value"),
+    (["--seed", "2", "--temperature", "{"], "^argument --temperature: '{' is no value in YAML .*; close its brackets or quote it$"),
+    (["--beam=2020-13-01"], "^argument --beam: '2020-13-01' is no value in YAML"),
+])
 def test_broken_overrides(arguments: list[str], message: str) -> None:
     with pytest.raises(AsrKdError, match=message):
         load_settings(HPARAMS[0], arguments)
+
+
+def test_speech_of_ones_own_in_place_of_the_synthetic_corpus() -> None:
+    own = ["--data_folder", "mine", "--lexicon", "words.txt", "--test_splits", "[]"]
+    demo = next(path for path in HPARAMS if path.stem == "demo")
+    with pytest.raises(AsrKdError, match="data_folder, lexicon given beside synthetic_minutes"):
+        load_settings(demo, own)
+    assert load_settings(demo, [*own, "--synthetic_minutes", "null"]).data_folder == "mine"
 
 
 @pytest.mark.parametrize("tag", ["!applyref:os.mkdir", "!new:pathlib.Path", "!name:os.mkdir", "!include:", "!!python/object/apply:os.mkdir"])

@@ -1,17 +1,27 @@
-"""Targets of speed-perturbed copies, against the sound itself."""
+"""Targets of speed-perturbed copies, against the sound itself; what each stage depends on."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 
+from asr_kd import networks, targets
+from asr_kd.corpus import Corpus, Text
 from asr_kd.features import extract_features
 from asr_kd.frames import FrameStore, FrameWriter
+from asr_kd.lexicon import Lexicon
 from asr_kd.manifest import Utterance
-from asr_kd.targets import stretch_targets
+from asr_kd.networks import TrainingData
+from asr_kd.settings import make_settings
+from asr_kd.stage import Record
+from asr_kd.targets import prepare_features, prepare_targets, realign, stretch_targets
 
 RATE = 16000
 
@@ -46,3 +56,84 @@ def test_states_follow_the_sound(tones: Utterance, tmp_path: Path, speed: float)
     changes = [np.flatnonzero(np.diff(states)) for states in (stretched, heard)]
     assert len(changes[0]) == len(changes[1]) == 4
     assert np.abs(changes[0] - changes[1]).max() <= 1
+
+
+class AnyStore:
+    """In place of a store: it holds every utterance, and no frame."""
+
+    utt_ids = frozenset[str]()
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __contains__(self, _: str) -> bool:
+        return True
+
+
+@pytest.fixture
+def dry_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """(corpus, text) -> fingerprint of each stage by its folder and of what networks train on; no stage does its work."""
+    settings = make_settings({"output_folder": str(tmp_path), "data_folder": "data", "train_splits": ["train"], "speeds": [0.9, 1.0],
+                              "network_realignments": 1})
+    stages: dict[str, str] = {}
+
+    def run_stage(stage: str, folder: Path, choices: Mapping[str, Any], inputs: Mapping[str, str], *_: object, **__: object) -> Record:
+        record = Record(stage, dict(choices), dict(inputs), "", 0.0, {})
+        stages[str(folder.relative_to(tmp_path))] = record.fingerprint
+        return record
+
+    monkeypatch.setattr(targets, "run_stage", run_stage)
+    monkeypatch.setattr(targets, "FrameStore", AnyStore)
+    monkeypatch.setattr(targets.Aligner, "load", lambda _: SimpleNamespace(hmm=SimpleNamespace(num_states=3)))
+    monkeypatch.setattr(targets, "state_priors", lambda hmm, *_: hmm)
+    monkeypatch.setattr(networks, "load_frame_data", lambda *_: None)
+
+    def run(corpus: Corpus, text: Text) -> dict[str, str]:
+        stages.clear()
+        features, _ = prepare_features(settings, corpus)
+        first, _ = prepare_targets(settings, corpus, text, features)
+        inputs = {f"first {name}": value for name, value in TrainingData.load(settings, corpus, features, first).inputs.items()}
+        last, _ = realign(settings, corpus, text, features, first, None, "network", 1)  # type: ignore[arg-type]
+        inputs |= {f"last {name}": value for name, value in TrainingData.load(settings, corpus, features, last).inputs.items()}
+        return stages | inputs | {"all targets": last.fingerprint}
+
+    return run
+
+
+def corpus_of(**transcripts: str) -> Corpus:
+    splits = {name: [Utterance(name, 1.0, Path("x.wav"), "s", tuple(text.split()))] for name, text in transcripts.items()}
+    return Corpus(splits, ["train"], [], [name for name in splits if name != "train"], Path("."), transcripts)
+
+
+TEXT = Text(Lexicon({"THE": (("DH", "AH"),), "CAT": (("K", "AE"),), "SAT": (("S", "AE"),)}), Path("lm.arpa"), "text")
+ALL = {"hmm", *(f"{folder}/{name}" for folder in ("features", "targets_0", "targets") for name in ("train", "train-sp0.9", "dev")),
+       *(f"{which} {what}" for which in ("first", "last") for what in ("features", "targets")), "all targets"}
+
+
+def changed(one: dict[str, str], other: dict[str, str]) -> set[str]:
+    return {name for name in one if one[name] != other[name]}
+
+
+def test_stages_depend_on_what_they_read_alone(dry_run: Any) -> None:
+    corpus = corpus_of(train="THE CAT", dev="THE SAT")
+    before = dry_run(corpus, TEXT)
+    assert set(before) == ALL
+    # one more split, and pronunciations of its words
+    more = replace(TEXT, lexicon=Lexicon(TEXT.lexicon.pronunciations | {"ZORB": (("S", "AH"),)}), fingerprint="other")
+    after = dry_run(corpus_of(train="THE CAT", dev="THE SAT", test="ZORB"), more)
+    assert changed(before, after) == {"all targets"}
+    assert set(after) - ALL == {f"{folder}/test" for folder in ("features", "targets_0", "targets")}
+    # another language model, with words of its own
+    assert changed(before, dry_run(corpus, more)) == set()
+    # other speech in a split
+    assert changed(before, dry_run(corpus_of(train="THE CAT", dev="SAT"), TEXT)) == {"features/dev", "targets_0/dev", "targets/dev", "all targets"}
+    assert changed(before, dry_run(corpus_of(train="CAT", dev="THE SAT"), TEXT)) == ALL - {"features/dev", "targets/dev"}
+
+
+def test_another_pronunciation_aligns_again_what_holds_the_word(dry_run: Any) -> None:
+    corpus = corpus_of(train="THE CAT", dev="THE SAT")
+    before = dry_run(corpus, TEXT)
+    features = {name for name in ALL if "features" in name}
+    for word, phone, expected in (("SAT", "S", {"targets_0/dev", "targets/dev", "all targets"}), ("CAT", "K", ALL - features - {"targets/dev"})):
+        other = replace(TEXT, lexicon=Lexicon(TEXT.lexicon.pronunciations | {word: ((phone,),)}))
+        assert changed(before, dry_run(corpus, other)) == expected

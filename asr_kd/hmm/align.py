@@ -33,7 +33,7 @@ from asr_kd.hmm.features import Features, joined
 from asr_kd.hmm.frontend import Frontend
 from asr_kd.hmm.gmm import GaussianMixtures
 from asr_kd.hmm.model import EDGE, SIL, STATES_PER_PHONE, HmmModel, read_tensors, split_codes, write_tensors
-from asr_kd.hmm.transforms import TransformStatistics, fmllr
+from asr_kd.hmm.transforms import MIN_SPEAKER_FRAMES, TransformStatistics, fmllr
 from asr_kd.manifest import Exclusion, write_exclusions
 from asr_kd.precision import precision_context
 
@@ -158,7 +158,8 @@ def move_boundaries(model: GmmHmm, frontend: Frontend, graphs: GraphSource, foun
 def speaker_transforms(model: GmmHmm, frontend: Frontend, codes: Mapping[str, NDArray[np.int32]]) -> dict[str, Tensor]:
     """Speaker id -> fMLLR transform (D, D + 1) from alignments (context codes); silence frames are left out, as it says little about a voice.
 
-    The posteriors come from the features as `frontend` adapts them now. Speakers with too little speech have no entry.
+    The posteriors come from the features as `frontend` adapts them now. Speakers with too little or degenerate speech have no entry; they are
+    counted in the log.
     """
     by_speaker: dict[str, list[str]] = {}
     for utt_id in codes:
@@ -175,7 +176,11 @@ def speaker_transforms(model: GmmHmm, frontend: Frontend, codes: Mapping[str, ND
             sums.add(mixtures, raw, frontend.transformed(speaker, raw), model.hmm.flat_table[path[speech]])
         return speaker, fmllr(sums)
 
-    return {speaker: transform for speaker, transform in map_threads(work, sorted(by_speaker)) if transform is not None}
+    transforms = {speaker: transform for speaker, transform in map_threads(work, sorted(by_speaker)) if transform is not None}
+    if len(transforms) < len(by_speaker):
+        log.info("%d of %d speakers are not adapted to: fewer than %d frames of speech, or constant or repeated ones", len(by_speaker) - len(transforms),
+                 len(by_speaker), MIN_SPEAKER_FRAMES)
+    return transforms
 
 
 def align(aligner: Aligner, features: FrameStore | Sequence[FrameStore], transcripts: Mapping[str, Sequence[str]], speakers: Mapping[str, str],

@@ -20,16 +20,20 @@ from asr_kd.hmm.features import Features
 from asr_kd.hmm.frontend import Frontend
 from asr_kd.hmm.gmm import GaussianMixtures, log_likelihoods
 from asr_kd.hmm.model import STATES_PER_PHONE, HmmModel
-from asr_kd.hmm.topology import AlignmentGraph, build_alignment_graph, path_graph
+from asr_kd.hmm.topology import AlignmentGraph, Pronunciations, build_alignment_graph, path_graph
 from asr_kd.hmm.viterbi import Path, viterbi
 from asr_kd.progress import progress
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+NO_FEATURES = "no features"
+"""Why an utterance that the feature stage left out is not aligned."""
 MAX_CACHED_STATES = 4_000_000
 """Graphs of about this many states (some 100 MB) are kept between passes; further ones are built when needed."""
 MAX_BATCH_CELLS = 40_000_000
 """Frames times states of a Viterbi batch: bytes of its traceback."""
+MAX_UTTERANCE_CELLS = 10**9
+"""Frames times states of one utterance, which cannot be divided: a gigabyte of traceback, some twenty minutes of speech."""
 MAX_CHUNK_FRAMES = 200_000
 """Frames that are held in memory at once while statistics are summed."""
 GPU_FACTOR = 5
@@ -50,9 +54,10 @@ class Pronouncer(Protocol):
 
 
 class GraphSource(Protocol):
-    """Gives the alignment graph of an utterance."""
+    """Gives the alignment graph of an utterance, and its number of states without building it."""
 
     def __getitem__(self, utt_id: str, /) -> AlignmentGraph: ...
+    def size(self, utt_id: str, /) -> int: ...
 
 
 class Graphs:
@@ -71,6 +76,7 @@ class Graphs:
         self._ids = {phone: i + 1 for i, phone in enumerate(phones)}
         self._cache: dict[str, AlignmentGraph] = {}
         self._cached_states = 0
+        self._sizes: dict[str, int] = {}
 
     def pronunciations(self, utt_id: str) -> list[list[tuple[int, ...]]]:
         """For each word of an utterance its pronunciations as phone ids.
@@ -87,14 +93,25 @@ class Graphs:
         """Why an utterance cannot be aligned, or None."""
         words = self.transcripts[utt_id]
         if utt_id not in features:
-            return "no features"
+            return NO_FEATURES
         if not words:
             return "empty transcript"
         missing = sorted({word for word in words if word not in self.lexicon})
         if missing:
             return f"word outside the lexicon: {' '.join(missing)}"
-        shortest, frames = self[utt_id].min_frames, features.length(utt_id)
-        return f"{frames} frames, shorter than its {shortest} states" if frames < shortest else None
+        shortest = STATES_PER_PHONE * sum(min(map(len, variants)) for variants in self.pronunciations(utt_id))
+        frames, states = features.length(utt_id), self.size(utt_id)
+        if frames < shortest:
+            return f"{frames} frames, shorter than its {shortest} states"
+        if frames * states > MAX_UTTERANCE_CELLS:
+            return f"{frames} frames with {states} states of its transcript, too long to align at once: cut it"
+        return None
+
+    def size(self, utt_id: str) -> int:
+        """Number of states of an utterance's graph, counted without building it."""
+        if utt_id not in self._sizes:
+            self._sizes[utt_id] = num_graph_states(self.pronunciations(utt_id))
+        return self._sizes[utt_id]
 
     def __getitem__(self, utt_id: str) -> AlignmentGraph:
         graph = self._cache.get(utt_id)
@@ -104,6 +121,17 @@ class Graphs:
                 self._cache[utt_id] = graph
                 self._cached_states += graph.num_states
         return graph
+
+
+def num_graph_states(words: Sequence[Pronunciations]) -> int:
+    """Number of states that `build_alignment_graph` makes of a transcript: a silence before each word and at the end, and each phone in every context
+    that it can have."""
+    nodes = len(words) + 1
+    for w, variants in enumerate(words):
+        lefts = 1 + (len({phones[-1] for phones in words[w - 1]}) if w else 1)  # after silence, or after another word or the edge
+        rights = 1 + (len({phones[0] for phones in words[w + 1]}) if w + 1 < len(words) else 1)
+        nodes += sum(lefts * rights if len(phones) == 1 else lefts + len(phones) - 2 + rights for phones in variants)
+    return STATES_PER_PHONE * nodes
 
 
 def num_threads() -> int:
@@ -154,7 +182,7 @@ def viterbi_batches(utt_ids: Iterable[str], graphs: GraphSource, features: Featu
     batches: list[list[str]] = []
     longest = states = 0
     for utt_id in sorted(utt_ids, key=lambda utt_id: (-features.length(utt_id), utt_id)):
-        size = graphs[utt_id].num_states
+        size = graphs.size(utt_id)
         if not batches or longest * (states + size) > max_cells:
             batches.append([])
             longest, states = features.length(utt_id), 0
@@ -207,6 +235,10 @@ class FixedPhones:
 
     def __getitem__(self, utt_id: str) -> AlignmentGraph:
         return path_graph(self._graphs[utt_id], self._nodes[utt_id])
+
+    def size(self, utt_id: str) -> int:
+        """Number of states of an utterance's graph."""
+        return STATES_PER_PHONE * len(self._nodes[utt_id])
 
     def enter(self, own: Aligned) -> Aligned:
         """An alignment in the numbering of these graphs."""

@@ -49,18 +49,6 @@ class HmmModel:
         """Number of tied states S."""
         return len(self.log_priors)
 
-    def phone_ids(self, phones: tuple[str, ...]) -> tuple[int, ...]:
-        """Ids of phone names.
-
-        Raises:
-            AsrKdError: a phone that the model lacks.
-        """
-        try:
-            return tuple(self.phones.index(phone) + 1 for phone in phones)
-        except ValueError:
-            missing = next(phone for phone in phones if phone not in self.phones)
-            raise AsrKdError(f"phone {missing}: not among the {len(self.phones)} phones of the HMM; use the lexicon that it was trained with") from None
-
     def state_ids(self, left: ArrayLike, centre: ArrayLike, right: ArrayLike) -> NDArray[np.int32]:
         """State ids of phones in context, (..., 3), for arrays of phone ids (0 as context = edge of the utterance).
 

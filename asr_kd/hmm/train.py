@@ -19,7 +19,7 @@ from asr_kd.errors import AsrKdError
 from asr_kd.frames import FrameStore
 from asr_kd.hmm.align import Aligner, GmmHmm, align_with, learn_transitions, speaker_transforms, usable_utterances
 from asr_kd.hmm.boundaries import train_boundaries
-from asr_kd.hmm.checkpoint import TrainState, load_state, save_state
+from asr_kd.hmm.checkpoint import TrainState, alignment_name, load_state, save_state
 from asr_kd.hmm.corpus import Aligned, Graphs, Pronouncer, chunk_frames, chunks, map_threads, own_utterances
 from asr_kd.hmm.em import VARIANCE_FLOOR, accumulate_over, expect, frames_of, maximise, states_of
 from asr_kd.hmm.features import joined
@@ -227,7 +227,7 @@ class _Trainer:
         mean = overall.sums[0] / overall.frames[0]
         variance = overall.squares[0] / overall.frames[0] - mean.square()
         mixtures = single_gaussians(mean.expand(hmm.num_states, -1), variance.expand(hmm.num_states, -1))
-        return TrainState(0, GmmHmm(hmm, mixtures), aligned=aligned)
+        return TrainState(0, GmmHmm(hmm, mixtures), aligned=aligned, aligned_in=alignment_name(1))
 
     def even_alignment(self, utt_id: str) -> Aligned:
         """All states equally long; the path is not one of the alignment graph."""
@@ -268,7 +268,7 @@ class _Trainer:
             log.warning("%d of %d utterances have no path and are left out", wanted - found_anywhere, wanted)
         if not found_anywhere:
             raise AsrKdError(f"none of {wanted} utterances could be aligned; check that audio and transcripts belong together")
-        state = replace(state, aligned=aligned)
+        state = replace(state, aligned=aligned, aligned_in=alignment_name(state.done + 1))
         return replace(state, model=replace(state.model, hmm=learn_transitions(state.model.hmm, state.codes.values(), self.num_words(aligned))))
 
     def rotate(self, state: TrainState, frontend: Frontend) -> GmmHmm:

@@ -14,6 +14,9 @@ from asr_kd.hmm.gmm import GaussianMixtures, Statistics, aligned_blocks
 FloatArray = NDArray[np.float64]
 MIN_SPEAKER_FRAMES = 500
 """A speaker with fewer speech frames is not adapted."""
+MAX_CONDITION = 1e7
+"""A speaker whose statistics have a larger condition number is not adapted. Measured in 39 dimensions: some 200, and 3e6 where they are scaled from 0.1
+to 10 and shifted by 3; above 2e7, by rounding alone, where a dimension is constant or a few frames repeat, so that no transform can be estimated."""
 
 
 def lda(within: FloatArray, between: FloatArray, dim: int) -> Tensor:
@@ -69,11 +72,11 @@ class TransformStatistics:
 
 
 def fmllr(statistics: TransformStatistics, sweeps: int = 20) -> Tensor | None:
-    """(D, D + 1) affine transform [A, b] that maximises the likelihood of a speaker's frames; None with too few frames.
+    """(D, D + 1) affine transform [A, b] that maximises the likelihood of a speaker's frames; None with too few frames, or too few different ones.
 
     Row by row with the others fixed (Gales 1998, eqs. 21-24).
     """
-    if statistics.num_frames < MIN_SPEAKER_FRAMES:
+    if statistics.num_frames < MIN_SPEAKER_FRAMES or not _is_well_conditioned(statistics.outer):
         return None
     dim = len(statistics.cross)
     inverses = np.linalg.inv(statistics.outer)
@@ -83,6 +86,13 @@ def fmllr(statistics: TransformStatistics, sweeps: int = 20) -> Tensor | None:
             cofactor = np.append(np.linalg.inv(transform[:, :dim])[:, i], 0.0)
             transform[i] = _best_row(cofactor, inverses[i], statistics.cross[i], statistics.outer[i], statistics.num_frames)
     return torch.from_numpy(transform.astype(np.float32))
+
+
+def _is_well_conditioned(matrices: FloatArray) -> bool:
+    try:
+        return bool(np.linalg.cond(matrices).max() < MAX_CONDITION)
+    except np.linalg.LinAlgError:  # NaN or infinity
+        return False
 
 
 def _best_row(cofactor: FloatArray, inverse: FloatArray, cross: FloatArray, outer: FloatArray, count: float) -> FloatArray:
