@@ -24,7 +24,7 @@ from asr_kd.results import Systems, make_results, score_system, write_results
 from asr_kd.settings import Settings, load_settings
 from asr_kd.sources import find_sources
 from asr_kd.stage import Record, read_json
-from asr_kd.targets import Targets, prepare_features, prepare_targets, realign
+from asr_kd.targets import Features, Targets, prepare_features, prepare_targets, realign
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def run_experiment(settings: Settings, sweep: bool = False) -> dict[str, Any]:
                                                 student=True)
 
     # words: scales are chosen on the tuning speakers by one teacher, and kept for all systems
-    stages["graph"] = prepare_graph(settings, text, targets)
+    stages["graph"] = prepare_graph(settings, text, targets.hmm, data.inputs["targets"])
     first = Ensemble.of([teachers.member(0)])
     recogniser, stages["tuning"] = tune_decoding(settings, stages["graph"], targets.hmm, first, stages["teachers"].fingerprint,
                                                  features.windows(settings, corpus.tuning), corpus)
@@ -127,27 +127,28 @@ def run_experiment(settings: Settings, sweep: bool = False) -> dict[str, Any]:
     networks = {f"member_{k}": (Ensemble.of([teachers.member(k)]), "teachers") for k in range(min(settings.decoded_members, len(teachers)))}
     networks |= {"ensemble": (teachers, "teachers"), "distilled": (student, "student"), "control": (control, "control")}
     for name, (network, stage) in networks.items():
-        systems.decoded[name], stages[f"decode {name}"] = decode_system(settings, recogniser, name, network, stages[stage].fingerprint, windows)
+        systems.decoded[name], stages[f"decode {name}"] = decode_system(settings, recogniser, name, network, stages[stage].fingerprint, windows,
+                                                                                   features)
 
     costs, stages["bundle"] = publish_student(settings, corpus, text, features, targets, student, stages["student"], recogniser, systems.decoded["distilled"])
     results: dict[str, Any] = {"cost_of_normalisation": costs}
     systems_of_sweep = [stages["student"].fingerprint, recogniser.fingerprint]
     if sweep:
         split = corpus.evaluation[0]
-        rows = sweep_temperatures(settings, corpus, targets, recogniser, split, windows[split], distil)
+        rows = sweep_temperatures(settings, corpus, features, targets, recogniser, split, windows[split], distil)
         results["temperature_sweep"] = {"split": split, "rows": rows, "of": systems_of_sweep}
     elif (earlier := earlier_sweep(out / "results.json")).get("of") == systems_of_sweep:
         results["temperature_sweep"] = earlier
     return make_results(settings, corpus, targets, windows, systems, recogniser, stages) | results if rank() == 0 else {}
 
 
-def sweep_temperatures(settings: Settings, corpus: Corpus, targets: Targets, recogniser: Recogniser, split: str, windows: Windows,
+def sweep_temperatures(settings: Settings, corpus: Corpus, features: Features, targets: Targets, recogniser: Recogniser, split: str, windows: Windows,
                        distil: Callable[[float], tuple[Ensemble, Record]]) -> list[dict[str, Any]]:
     """One student per temperature, everything else equal, scored on one split."""
     rows = []
     for temperature in settings.sweep_temperatures:
         student, record = distil(temperature)
-        decoded, _ = decode_system(settings, recogniser, f"distilled_T{temperature:g}", student, record.fingerprint, {split: windows})
+        decoded, _ = decode_system(settings, recogniser, f"distilled_T{temperature:g}", student, record.fingerprint, {split: windows}, features)
         rows.append({"temperature": temperature, **score_system(student, split, windows, corpus, targets, decoded[split].words)})
     return rows
 

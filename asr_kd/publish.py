@@ -66,5 +66,6 @@ def publish_student(settings: Settings, corpus: Corpus, text: Text, features: Fe
 
     folder = settings.output / "student" / "bundle"
     inputs = {"student": student_record.fingerprint, "recogniser": recogniser.fingerprint}
+    inputs |= {split: features.fingerprints[split] for split in corpus.evaluation}
     record = run_stage("bundle", folder, {"cmvn": settings.cmvn, "splits": corpus.evaluation}, inputs, work)
     return read_json(folder / "cost_of_normalisation.json"), record

@@ -17,7 +17,7 @@ from asr_kd.graph import GraphSettings, build_graph
 from asr_kd.hmm.model import HmmModel
 from asr_kd.settings import Settings
 from asr_kd.stage import Record, read_json, run_stage, write_json
-from asr_kd.targets import Targets
+from asr_kd.targets import Features
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +44,14 @@ class Recogniser:
         return decode(self.graph, utterances, self.hmm.log_priors, self.decoding, self.num_jobs, total)
 
 
-def prepare_graph(settings: Settings, text: Text, targets: Targets) -> Record:
+def prepare_graph(settings: Settings, text: Text, hmm: HmmModel, hmm_fingerprint: str) -> Record:
     """Build the decoding graph."""
     choices = GraphSettings()
 
     def work(folder: Path) -> None:
-        build_graph(text.lexicon, text.arpa, targets.hmm, folder, choices)
+        build_graph(text.lexicon, text.arpa, hmm, folder, choices)
 
-    return run_stage("graph", settings.output / "graph", asdict(choices), {"text": text.fingerprint, "targets": targets.fingerprint}, work)
+    return run_stage("graph", settings.output / "graph", asdict(choices), {"text": text.fingerprint, "hmm": hmm_fingerprint}, work)
 
 
 def tune_decoding(settings: Settings, graph: Record, hmm: HmmModel, network: Ensemble, network_fingerprint: str, windows: Windows,
@@ -100,8 +100,8 @@ class Decoded:
 
 
 def decode_system(settings: Settings, recogniser: Recogniser, system: str, network: Ensemble, network_fingerprint: str,
-                  windows: Mapping[str, Windows]) -> tuple[dict[str, Decoded], Record]:
-    """Decode every split by one system into `decode/{system}/{split}.trn`; splits that a cut-off run finished are kept."""
+                  windows: Mapping[str, Windows], features: Features) -> tuple[dict[str, Decoded], Record]:
+    """Decode every split of `windows` by one system into `decode/{system}/{split}.trn`; splits that a cut-off run finished are kept."""
     folder = settings.output / "decode" / system
 
     def work(folder: Path) -> None:
@@ -112,6 +112,6 @@ def decode_system(settings: Settings, recogniser: Recogniser, system: str, netwo
             write_trn(folder / f"{split}.trn", {utt_id: hypothesis.words for utt_id, hypothesis in hypotheses.items()})
             write_json(folder / f"{split}.json", {"real_time_factor": real_time_factor(hypotheses), "unfinished": unfinished_utterances(hypotheses)})
 
-    inputs = {"recogniser": recogniser.fingerprint, "network": network_fingerprint}
+    inputs = {"recogniser": recogniser.fingerprint, "network": network_fingerprint, **{split: features.fingerprints[split] for split in windows}}
     record = run_stage(f"decode {system}", folder, {**asdict(recogniser.decoding), "splits": sorted(windows)}, inputs, work)
     return {split: Decoded(read_trn(folder / f"{split}.trn"), **read_json(folder / f"{split}.json")) for split in windows}, record

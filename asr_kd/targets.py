@@ -70,11 +70,6 @@ class Targets:
     hmm: HmmModel
     fingerprints: dict[str, str]
 
-    @property
-    def fingerprint(self) -> str:
-        """Identifies all of them."""
-        return fingerprint(self.fingerprints)
-
 
 def prepare_features(settings: Settings, corpus: Corpus) -> tuple[Features, Record]:
     """Log-mel features of every split, in `features/{split}`; the training splits also at other speeds."""
