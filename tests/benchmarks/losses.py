@@ -37,7 +37,7 @@ def loss_of(form: str, frames: int, classes: int) -> Callable[[Tensor], Tensor]:
     if form.startswith("sparse"):
         indices = torch.stack([torch.randperm(classes)[:TOP_K] for _ in range(frames)])
         listed = torch.full((frames, TOP_K), 0.5 / TOP_K if form == "sparse_tail" else 1 / TOP_K)
-        sparse = SparseTargets(indices, listed, torch.full((frames,), 0.5 if form == "sparse_tail" else 0.0))
+        sparse = SparseTargets(indices, listed, torch.full((frames,), 0.5) if form == "sparse_tail" else None)
         return lambda logits: distillation_loss(logits, sparse, hard, temperature=TEMPERATURE)
     soft = torch.rand(frames, classes)
     soft /= soft.sum(-1, keepdim=True)
