@@ -127,8 +127,8 @@ def run_experiment(settings: Settings, sweep: bool = False) -> dict[str, Any]:
     networks = {f"member_{k}": (Ensemble.of([teachers.member(k)]), "teachers") for k in range(min(settings.decoded_members, len(teachers)))}
     networks |= {"ensemble": (teachers, "teachers"), "distilled": (student, "student"), "control": (control, "control")}
     for name, (network, stage) in networks.items():
-        systems.decoded[name], stages[f"decode {name}"] = decode_system(settings, recogniser, name, network, stages[stage].fingerprint, windows,
-                                                                                   features)
+        decoded, stages[f"decode {name}"] = decode_system(settings, recogniser, name, network, stages[stage].fingerprint, windows, features)
+        systems.decoded[name] = decoded
 
     costs, stages["bundle"] = publish_student(settings, corpus, text, features, targets, student, stages["student"], recogniser, systems.decoded["distilled"])
     results: dict[str, Any] = {"cost_of_normalisation": costs}

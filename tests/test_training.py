@@ -254,7 +254,9 @@ def test_finished_training_is_not_repeated(data: FrameData, heldout: FrameData, 
 
 def test_the_largest_seed_that_settings_allow(data: FrameData, heldout: FrameData, tmp_path: Path) -> None:
     shape = replace(SHAPE, dropout=0.99)
-    train(Ensemble(shape, [10**18 + 1]), data, heldout, tmp_path, SETTINGS, seed=10**15)
+    result = train(Ensemble(shape, [10**18 + 1]), data, heldout, tmp_path, SETTINGS, seed=10**15)
+    assert result.curves[-1]["epoch"] == SETTINGS.schedule.max_epochs
+    assert not result.diverged
 
 
 def test_checkpoint_of_other_settings_is_refused(data: FrameData, heldout: FrameData, tmp_path: Path) -> None:
