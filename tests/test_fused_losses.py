@@ -86,7 +86,7 @@ def value_and_gradient(logits: Tensor, *targets: Any, **settings: Any) -> tuple[
     return loss.detach(), torch.autograd.grad(loss, logits, weights)[0]
 
 
-def compare(logits: Tensor, *targets: Any, **settings: Any) -> None:
+def assert_as_plain(logits: Tensor, *targets: Any, **settings: Any) -> None:
     fused, plain = (value_and_gradient(logits, *targets, fused=choice, **settings) for choice in (True, False))
     torch.testing.assert_close(fused[0], plain[0], equal_nan=True)
     assert fused[1].dtype == logits.dtype
@@ -103,7 +103,7 @@ class TestOnDevice:
             logits, soft, hard, length = case(dtype)
             if form == "tail":  # a uniform tail reaches every class: none may be masked
                 logits = torch.where(logits.isinf(), 0.0, logits).detach().requires_grad_()
-            compare(logits, forms(soft)[form], hard if labelled else None, length, temperature=temperature, hard_weight=0.3, kl=kl)
+            assert_as_plain(logits, forms(soft)[form], hard if labelled else None, length, temperature=temperature, hard_weight=0.3, kl=kl)
 
     def test_the_kernels_are_what_runs(self, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         launched = []
