@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from asr_kd import __version__
 from asr_kd.errors import AsrKdError
@@ -85,8 +86,15 @@ def _run(words: Sequence[str]) -> None:
     options.function(options, overrides)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Mistakes in the arguments are the user's, as all others: one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise AsrKdError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="asr-kd", description=__import__("asr_kd").__doc__, epilog="--debug shows the traceback of an error.")
+    parser = _Parser(prog="asr-kd", description=__import__("asr_kd").__doc__, epilog="--debug shows the traceback of an error.")
     parser.add_argument("--version", action="version", version=f"asr-kd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

@@ -154,9 +154,11 @@ def unpack(archive: Path | str, folder: Path | str) -> None:
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
-        with tarfile.open(archive, "r|*") as tar:
-            for member in progress(tar, desc=f"unpacking {archive.name}", unit="file"):
+        with open(archive, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar, \
+                progress(desc=f"unpacking {archive.name}", total=archive.stat().st_size, unit="B") as bar:
+            for member in tar:
                 tar.extract(member, part, filter="data")
+                bar.update(file.tell() - bar.n)
         for path in sorted(part.glob("*/*"), key=lambda path: path.is_dir()):  # speaker tables first, splits last
             destination = folder / path.relative_to(part)
             destination.parent.mkdir(exist_ok=True)

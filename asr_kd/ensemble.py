@@ -67,11 +67,17 @@ class Ensemble(nn.Module):
 
     @classmethod
     def of(cls, models: Sequence[AcousticModel]) -> Ensemble:
-        """Stack models of one shape; their input mean and scale must be the same."""
+        """Stack models of one shape and with the same input mean and scale.
+
+        Raises:
+            AsrKdError: they differ in one of these.
+        """
         ensemble = cls(models[0].shape, range(len(models))).to(models[0].input_mean.device)
         for k, model in enumerate(models):
-            if model.shape != models[0].shape or not torch.equal(model.input_mean, models[0].input_mean):
-                raise AsrKdError(f"member {k}: shape {model.shape}, expected {models[0].shape} and the same input mean; stack models of one training run")
+            same_inputs = torch.equal(model.input_mean, models[0].input_mean) and torch.equal(model.input_scale, models[0].input_scale)
+            if model.shape != models[0].shape or not same_inputs:
+                raise AsrKdError(f"member {k}: shape {model.shape}, expected {models[0].shape} and the same input mean and scale; "
+                                 "stack models of one training run")
         with torch.no_grad():
             ensemble.set_input_statistics(models[0].input_mean, models[0].input_scale)
             for parameter, stacked in zip(ensemble.parameters(), _stacked_weights(models) + _stacked_biases(models), strict=True):

@@ -165,7 +165,10 @@ def earlier_sweep(path: Path) -> dict[str, Any]:
 def check_device(device: str) -> None:
     """Raise `AsrKdError` unless tensors can be put there; started by `torchrun`, "cuda" is from now on the GPU of this process."""
     try:
-        if torch.device(device).type == "cuda" and local_world_size() > 1:
+        wanted = torch.device(device)
+        if wanted.type == "cuda" and local_world_size() > 1:
+            if wanted.index is not None:
+                raise AsrKdError(f"device: {device} for {local_world_size()} processes, expected a GPU for each; give --device cuda")
             torch.cuda.set_device(local_rank())
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:

@@ -53,8 +53,8 @@ def _draw_system(axis: Axes, y: int, system: str, split: Mapping[str, Any], meas
     if measure not in row:
         return
     colour = COLOURS[system]
-    if measure == "wer" and "wer_ci95" in row:
-        low, high = row["wer_ci95"]
+    if f"{measure}_ci95" in row:
+        low, high = row[f"{measure}_ci95"]
         axis.plot([100 * low, 100 * high], [y, y], color=colour, linewidth=5, alpha=0.28, solid_capstyle="round")
     if system == "baseline":
         values = [100 * member[measure] for member in split.get("members", []) if measure in member]

@@ -128,6 +128,7 @@ class StreamedFrames:
         self.num_frames = int(self.offsets[-1])
         self._original_ids = original_ids(self.utt_ids, self._features)
         self._stores = [features] if isinstance(features, FrameStore) else list(features)
+        self._opened = [*self._stores, *([targets] if isinstance(targets, FrameStore) else targets)]
         number = {id(store): n for n, store in enumerate(self._stores)}
         self._store_number = np.array([number[id(self._features[utt_id])] for utt_id in self.utt_ids])
         self._first_row = np.array([self._features[utt_id].span(utt_id)[0] for utt_id in self.utt_ids], dtype=np.int64)
@@ -172,7 +173,7 @@ class StreamedFrames:
 
     def _read(self, positions: NDArray[np.int64]) -> FrameData:
         data = load_frame_data(self._features, self._targets, [self.utt_ids[position] for position in positions], self.left, self.right, self.device)
-        for store in {id(store): store for joined in (self._features, self._targets) for store in joined.values()}.values():
+        for store in self._opened:
             store.release()
         return data
 

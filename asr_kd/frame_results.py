@@ -20,16 +20,16 @@ from asr_kd.score import FrameCounts, frame_confusions, frame_counts
 
 @dataclass
 class FrameResult:
-    """Frame-level results of one system, summed over utterances.
+    """Frame-level results of one system.
 
     Attributes:
-        counts: frames right and in all.
-        quality: of the posteriors as probabilities.
-        phone_confusions: (P, P) frames, row = reference phone.
+        counts: utt_id -> frames right and in all.
+        quality: of the posteriors as probabilities, over all utterances.
+        phone_confusions: (P, P) frames, row = reference phone, over all utterances.
     """
 
     num_phones: int
-    counts: FrameCounts = field(default_factory=FrameCounts)
+    counts: dict[str, FrameCounts] = field(default_factory=dict)
     quality: PosteriorQuality | None = None
 
     def __post_init__(self) -> None:
@@ -38,7 +38,7 @@ class FrameResult:
     def add(self, utt_id: str, reference: NDArray[np.int64], log_posteriors: Tensor, phone_of_state: NDArray[np.int64]) -> None:
         """Count one utterance: (T,) reference states against (T, S) log posteriors."""
         predicted = log_posteriors.argmax(-1).cpu().numpy()
-        self.counts += frame_counts(utt_id, reference, predicted)
+        self.counts[utt_id] = frame_counts(utt_id, reference, predicted)
         own = posterior_quality(log_posteriors, torch.from_numpy(reference).to(log_posteriors.device))
         self.quality = own if self.quality is None else self.quality + own
         self.phone_confusions += frame_confusions(phone_of_state[reference], phone_of_state[predicted], self.num_phones)

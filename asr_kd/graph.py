@@ -33,6 +33,7 @@ from asr_kd.hclg import write_hclg
 from asr_kd.hmm.model import SIL, HmmModel
 from asr_kd.lexicon import Lexicon
 from asr_kd.lm import read_vocabulary
+from asr_kd.progress import progress
 from asr_kd.stage import atomic_path, file_fingerprint, read_json, write_json, write_text
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def build_graph(lexicon: Lexicon, arpa: Path | str, hmm: HmmModel, folder: Path 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / INFO).unlink(missing_ok=True)
     try:
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".build.part-") as scratch:
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".build.part-") as scratch, progress(desc="graph", total=4, unit="step") as bar:
             plain, word_table = Path(scratch) / "lm.arpa", Path(scratch) / WORDS
             with open(plain, "w", encoding="utf-8") as copy:
                 vocabulary = read_vocabulary(arpa, copy)
@@ -92,13 +93,17 @@ def build_graph(lexicon: Lexicon, arpa: Path | str, hmm: HmmModel, folder: Path 
             word_table.write_text("".join(f"{word} {index}\n" for index, word in enumerate(_symbols(words))), encoding="utf-8")
             grammar = compile_grammar(plain, word_table)
             plain.unlink()
+            bar.update(1)
             first_disambig = len(hmm.phones) + 1
             lexicon_fst = lexicon_fst_text(lexicon, words, hmm, settings)
             lg = _compose_lexicon(lexicon_fst, grammar, first_disambig, len(words) + 1)
             del grammar
+            bar.update(1)
             windows = _compose_context(lg, first_disambig, lexicon_fst.num_disambig, Path(scratch) / "CLG.fst")
+            bar.update(1)
             with atomic_path(folder / GRAPH) as part:
                 sizes = write_hclg(map_const_fst(Path(scratch) / "CLG.fst"), windows, hmm, part, settings.transition_scale)
+            bar.update(1)
             write_text(folder / WORDS, word_table.read_text(encoding="utf-8"))
     except OSError as error:
         raise AsrKdError(f"{folder}: could not be written ({error.strerror or error}); free space or choose another output_folder") from error

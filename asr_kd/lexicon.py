@@ -78,7 +78,7 @@ class Lexicon:
 
     def missing(self, words: Iterable[str]) -> list[str]:
         """The words that have no pronunciation here, each once, sorted."""
-        return sorted(set(words) - self.pronunciations.keys())
+        return sorted({word for word in words if word not in self.pronunciations})  # a set minus all keys would look at every key
 
     def uncovered(self, transcripts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
         """utt_id -> its words without pronunciation, for the utterances that have any: those to leave out, and why."""

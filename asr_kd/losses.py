@@ -78,6 +78,8 @@ def average_teachers(logits: Tensor | Iterable[Tensor], temperature: float, mean
     logits over T. `logits` may be an iterable of K tensors (..., C), so that only one teacher's logits are in memory at a time;
     log-probabilities serve as well. A class masked by -inf in one teacher is 0 in its posteriors, and so in a geometric mean.
 
+    Raises ValueError for a temperature that is not positive, another `mean`, or no teachers.
+
     >>> logits = torch.tensor([[0.9, 0.1], [0.5, 0.5]]).log()  # two teachers, one frame, two classes
     >>> average_teachers(logits, temperature=1.0)
     tensor([0.7000, 0.3000])
@@ -154,6 +156,8 @@ def distillation_loss(
 
 class DistillationLoss(nn.Module):
     """`distillation_loss` with its settings, for a recipe's YAML: `!new:asr_kd.losses.DistillationLoss`.
+
+    Raises ValueError for settings that do not fit.
 
     >>> loss = DistillationLoss(temperature=2.0, hard_weight=0.0)
     >>> loss(torch.zeros(3, 4), torch.full((3, 4), 0.25))
@@ -537,19 +541,20 @@ def _is_wrapped(tensor: Tensor | None) -> bool:
 
 
 def _check_values(rows: _Rows, num_classes: int) -> None:
-    """Class ids in range; dense soft targets that look like probabilities. Padding is left out."""
+    """Class ids in range; soft targets that sum to one, or to less where they are sparse, as what is left out may be dropped. Padding is left out."""
     for name, ids in (("hard targets", rows.hard), ("sparse indices", rows.indices)):
         if ids is not None:
             held = ids if rows.valid is None else ids[rows.valid]
             if held.numel() and not 0 <= int(held.min()) <= int(held.max()) < num_classes:
                 raise ValueError(f"{name} hold class ids {int(held.min())} to {int(held.max())}; expected 0 to {num_classes - 1}")
-    if rows.indices is None:
-        mass = rows.probabilities.sum(-1, dtype=torch.promote_types(rows.probabilities.dtype, torch.float32))
-        wrong = ~((mass - 1).abs() <= MASS_TOLERANCE)
-        wrong = wrong if rows.valid is None else wrong & rows.valid
-        if bool(wrong.any()):
-            frame = int(wrong.nonzero()[0])
-            raise ValueError(f"soft targets of frame {frame} of {len(mass)} sum to {mass[frame]:g}; expected probabilities, softmax(logits / T)")
+    mass = rows.probabilities.sum(-1, dtype=torch.promote_types(rows.probabilities.dtype, torch.float32))
+    mass = mass if rows.tail is None else mass + rows.tail
+    least = 1 - MASS_TOLERANCE if rows.indices is None else 0
+    wrong = ~((least <= mass) & (mass <= 1 + MASS_TOLERANCE))
+    wrong = wrong if rows.valid is None else wrong & rows.valid
+    if bool(wrong.any()):
+        frame = int(wrong.nonzero()[0])
+        raise ValueError(f"soft targets of frame {frame} of {len(mass)} sum to {mass[frame]:g}; expected probabilities, softmax(logits / T)")
 
 
 def _check_temperature(temperature: float) -> None:

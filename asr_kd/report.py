@@ -4,10 +4,12 @@ What is read of `results`: the contract of results.json, and more where it is th
 below is optional, also inside a row (a system that was not decoded has no WER); what cannot be shown without a key is left out.
 
     splits: {split: {baseline|ensemble|distilled|control:
-                 {frame_accuracy, wer, wer_ci95: [lo, hi], errors, words, substitutions, deletions, insertions,
-                  real_time_factor, probability_better: P(lower WER than the baseline), probability_better_than_control: the student's},
+                 {frame_accuracy, frame_accuracy_ci95: [lo, hi], wer, wer_ci95: [lo, hi], errors, words, substitutions, deletions, insertions,
+                  real_time_factor, probability_better: P(lower WER than the baseline), probability_better_than_control: the student's,
+                  decoded_members: how many members' words and errors are added up in the baseline},
              members: [{frame_accuracy, wer?, ...}], gain_kept: {frame_accuracy, wer},
              bootstrap: {resampled: speakers|utterances, speakers: how many there are}}}
+    networks: {teachers|distilled|control: {hidden_layers, hidden_units, dropout, ...}}
     stages: {stage: seconds}                settings: {key: value}
     decoding: {key: value}                  acoustic scale, word insertion penalty, ... as chosen on the tuning speakers
     curves: {teachers|distilled|control: {epoch: [e, ...], frame_accuracy: [[one value per member], ...],
@@ -66,7 +68,7 @@ def write_report(output_folder: Path | str, results: Results) -> Path:
 def make_page(results: Results) -> Page:
     """Everything that the report says, before it becomes Markdown or HTML."""
     splits = results.get("splits", {})
-    sections = [_split_section(split, rows) for split, rows in splits.items()]
+    sections = [_split_section(split, rows, results.get("networks", {})) for split, rows in splits.items()]
     sections += [_curves(results), _sweep(results), _errors(results), _calibration(results), _normalisation(results),
                  _exclusions(results), _stages(results), _settings(results)]
     first = next(iter(splits), None)
@@ -138,12 +140,12 @@ def _tiles(rows: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if kept is not None and ensemble.get("frame_accuracy", 0) > baseline.get("frame_accuracy", 0):
         tiles.append(("Gain kept, frame accuracy", f"{_percent(kept, 0)} %", "86 % in Hinton, Vinyals & Dean (2015)"))
     if "probability_better" in distilled:
-        tiles.append(("P(student better than single)", f"{_percent(distilled['probability_better'], 1)} %", "by WER, paired bootstrap"))
+        tiles.append(("P(student better than single)", f"{_percent(distilled['probability_better'], 1)} %", "by WER, paired bootstrap, these networks"))
     return tiles
 
 
-def _split_section(split: str, rows: Mapping[str, Any]) -> Section:
-    header = ["System", "Frame accuracy, %", "WER, %", "95 % interval", "Errors / words", "Sub / del / ins", "RTF", "P(better)"]
+def _split_section(split: str, rows: Mapping[str, Any], networks: Mapping[str, Mapping[str, Any]]) -> Section:
+    header = ["System", "Frame accuracy, %", "95 % interval", "WER, %", "95 % interval", "Errors / words", "Sub / del / ins", "RTF", "P(better)"]
     present = [system for system in SYSTEMS if system in rows]
     table = Table(header, [_system_cells(system, rows) for system in present], strong=present.index("distilled") if "distilled" in present else None)
     blocks: list[Any] = [table]
@@ -152,7 +154,10 @@ def _split_section(split: str, rows: Mapping[str, Any]) -> Section:
         decoded = sum("wer" in member for member in members)
         blocks.append(Note("Single network: the mean over the ensemble's members scored alone, ± their standard deviation (frame accuracy over "
                            f"{len(members)}, WER over {decoded}, their errors added). Members differ by their initial weights only: one of them would be "
-                           "no baseline."))
+                           "no baseline. The student and the control are one training each: intervals and P(better) are those of these networks, and do not "
+                           "hold for other seeds."))
+    if networks.get("distilled") and networks.get("control"):
+        blocks.append(Note(_difference(networks["distilled"], networks["control"])))
     blocks.append(Note("Sub / del / ins: substituted, deleted and inserted words. RTF: real-time factor of the search; the networks' own time, which "
                        "the ensemble needs for each of its members, comes on top. P(better): share "
                        "of paired bootstrap replicates in which the system's WER is below that of the single networks. For comparison, the paper's table 1: "
@@ -160,12 +165,19 @@ def _split_section(split: str, rows: Mapping[str, Any]) -> Section:
     if "bootstrap" in rows:
         blocks.append(Note(_resampled(**rows["bootstrap"])))
     if any(measure in rows[system] for system in present for measure in ("frame_accuracy", "wer")):
-        blocks.append(Figure(systems_figure(rows), "Rings: the members one by one. Wide bars: 95 % intervals of the WER."))
+        blocks.append(Figure(systems_figure(rows), "Rings: the members one by one. Wide bars: 95 % intervals."))
     if members:
         blocks.append(Table(["Member", "Frame accuracy, %", "WER, %"],
                             [[str(k + 1), _percent(row.get("frame_accuracy"), 2), _percent(row.get("wer"), 1)] for k, row in enumerate(members)],
                             folded="Members one by one"))
     return Section(f"Results on {split}", blocks)
+
+
+def _difference(student: Mapping[str, Any], control: Mapping[str, Any]) -> str:
+    """In what the student and its control differ besides the targets."""
+    differing = [f"{key.replace('_', ' ')} {student.get(key)} and {control.get(key)}" for key in student if student.get(key) != control.get(key)]
+    also = f" They also differ in {', '.join(differing)}." if differing else ""
+    return f"Control: the network that learns as long as the student, from hard targets alone.{also}"
 
 
 def _resampled(resampled: str, speakers: int) -> str:
@@ -176,12 +188,15 @@ def _resampled(resampled: str, speakers: int) -> str:
 
 def _system_cells(system: str, rows: Mapping[str, Any]) -> list[str]:
     row, members = rows[system], rows.get("members", []) if system == "baseline" else []
-    interval = row.get("wer_ci95")
     edits = [str(row[kind]) for kind in ("substitutions", "deletions", "insertions") if kind in row]
-    return [_name(system, rows), _percent(row.get("frame_accuracy"), 2) + _spread(members, "frame_accuracy", 2),
-            _percent(row.get("wer"), 1) + _spread(members, "wer", 1), f"{_percent(interval[0], 1)} to {_percent(interval[1], 1)}" if interval else NONE,
+    return [_name(system, rows), _percent(row.get("frame_accuracy"), 2) + _spread(members, "frame_accuracy", 2), _interval(row.get("frame_accuracy_ci95")),
+            _percent(row.get("wer"), 1) + _spread(members, "wer", 1), _interval(row.get("wer_ci95")),
             f"{row['errors']} / {row['words']}" if {"errors", "words"} <= row.keys() else NONE, " / ".join(edits) if len(edits) == 3 else NONE,
             _decimal(row.get("real_time_factor")), _decimal(row.get("probability_better"))]
+
+
+def _interval(ends: Sequence[float] | None) -> str:
+    return f"{_percent(ends[0], 1)} to {_percent(ends[1], 1)}" if ends else NONE
 
 
 def _name(system: str, rows: Mapping[str, Any]) -> str:

@@ -8,10 +8,12 @@ import os
 import platform
 import re
 import statistics
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,22 @@ from asr_kd.hmm.corpus import NO_FEATURES
 from asr_kd.hmm.model import SIL, HmmModel
 from asr_kd.recognition import Decoded, Recogniser
 from asr_kd.report import write_report
-from asr_kd.score import WordErrors, gain_kept, per_speaker, pool, probability_better, resampled, score_split, system_row, top_confusions, word_confusions
+from asr_kd.score import (
+    FrameCounts,
+    WordErrors,
+    gain_kept,
+    per_speaker,
+    pool,
+    probability_better,
+    resampled,
+    score_split,
+    system_row,
+    top_confusions,
+    word_confusions,
+)
 from asr_kd.settings import Settings
 from asr_kd.stage import Record, read_json, write_json
-from asr_kd.targets import Targets
+from asr_kd.targets import Targets, store_names
 
 
 @dataclass
@@ -53,6 +67,7 @@ class Systems:
 def make_results(settings: Settings, corpus: Corpus, targets: Targets, windows: Mapping[str, Windows], systems: Systems, recogniser: Recogniser,
                  stages: Mapping[str, Record]) -> dict[str, Any]:
     """Score everything; the keys are those that `asr_kd.report` documents."""
+    begin = time.perf_counter()
     results: dict[str, Any] = {"splits": {}, "errors": {}, "calibration": {}}
     for split, own in windows.items():
         results["splits"][split], results["errors"][split], results["calibration"][split] = _score_split(split, own, corpus, targets, systems, settings.seed)
@@ -60,7 +75,8 @@ def make_results(settings: Settings, corpus: Corpus, targets: Targets, windows: 
         "decoding": asdict(recogniser.decoding),
         "curves": {name: _curves(settings.output / folder) for name, folder in (("teachers", "teachers"), ("distilled", "student"), ("control", "control"))},
         "exclusions": _exclusions(settings, corpus),
-        "stages": {name: record.seconds for name, record in stages.items() if record.seconds},
+        "networks": {name: asdict(network.shape) for name, network in {"teachers": systems.teachers, **systems.single}.items()},
+        "stages": {name: record.seconds for name, record in stages.items() if record.seconds} | {"score": time.perf_counter() - begin},
         "settings": asdict(settings),
         "environment": _environment(settings),
     }
@@ -97,8 +113,8 @@ def _score_split(split: str, windows: Windows, corpus: Corpus, targets: Targets,
                   "deletions": confusions.deletions.most_common(15), "insertions": confusions.insertions.most_common(15)},
         "phones": top_confusions(frames["distilled"].phone_confusions, ["-", *targets.hmm.phones], 20),
     }
-    qualities = {"baseline": reduce(_together, [member.quality for member in members]), **{system: result.quality for system, result in frames.items()}}
-    calibration = {system: quality.as_json() for system, quality in qualities.items() if quality}
+    calibration = {"baseline": _mean_calibration([member.quality for member in members if member.quality])}
+    calibration |= {system: result.quality.as_json() for system, result in frames.items() if result.quality}
     return rows, errors, calibration
 
 
@@ -112,23 +128,25 @@ def score_system(network: Ensemble, split: str, windows: Windows, corpus: Corpus
     """Frame accuracy and word errors of one network on one split."""
     references = _references(windows, corpus)
     _, frames = evaluate_frames(network, windows, targets.stores[split], phone_of_state(targets.hmm))
-    return {"frame_accuracy": frames.counts.accuracy, **_rate(sum(score_split(references, hypotheses).values(), WordErrors()))}
+    return {"frame_accuracy": sum(frames.counts.values(), FrameCounts()).accuracy, **_rate(sum(score_split(references, hypotheses).values(), WordErrors()))}
 
 
 def _baseline(members: Sequence[FrameResult], words: Sequence[Mapping[str, WordErrors]], pooled: Mapping[str, WordErrors], speakers: Mapping[str, str],
               seed: int) -> dict[str, Any]:
     """The mean over the members, each scored alone; all have the same frames and words, so pooled counts give the mean rate."""
-    row = system_row(sum((result.counts for result in members[1:]), members[0].counts), pooled, speakers=speakers, seed=seed)
-    accuracies = [result.counts.accuracy for result in members]
+    row = system_row(pool([result.counts for result in members]), pooled, speakers=speakers, seed=seed)
+    accuracies = [sum(result.counts.values(), FrameCounts()).accuracy for result in members]
     wers = [sum(own.values(), WordErrors()).wer for own in words]
     row["frame_accuracy_std"] = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
     row["wer_std"] = statistics.stdev(wers) if len(wers) > 1 else 0.0
+    row["decoded_members"] = len(wers)
     return row
 
 
-def _together(one: PosteriorQuality | None, other: PosteriorQuality | None) -> PosteriorQuality | None:
-    """Both summed: over members that have seen the same frames the mean is that of each member alone."""
-    return None if one is None or other is None else one + other
+def _mean_calibration(members: Sequence[PosteriorQuality]) -> dict[str, Any]:
+    """The mean over members that have seen the same frames. Their bins are pooled for the curve, which hides errors of opposite sign: not for the ECE."""
+    pooled = reduce(add, members).as_json()
+    return pooled | {"ece": statistics.mean(member.bins.expected_calibration_error for member in members)}
 
 
 def phone_of_state(hmm: HmmModel) -> NDArray[np.int64]:
@@ -151,14 +169,14 @@ def _curves(folder: Path) -> dict[str, Any]:
 
 
 def _exclusions(settings: Settings, corpus: Corpus) -> dict[str, dict[str, int]]:
-    """Utterances left out, by split and reason, and teachers that diverged, from what the stages wrote."""
-    counts: dict[str, Counter[str]] = {split: Counter() for split in corpus.splits}
-    for split in corpus.splits:
-        for path, cause in ((settings.output / "manifests" / f"{split}.excluded.csv", "not usable"),
-                            (settings.output / "features" / split / "exclusions.csv", "no features"),
-                            (settings.output / "targets" / split / "exclusions.csv", "not aligned")):
+    """Utterances left out, by split (or copy of one at another speed) and reason, and teachers that diverged, from what the stages wrote."""
+    counts: dict[str, Counter[str]] = {name: Counter() for name in store_names(settings, corpus)}
+    for name, own in counts.items():
+        for path, cause in ((settings.output / "manifests" / f"{name}.excluded.csv", "not usable"),
+                            (settings.output / "features" / name / "exclusions.csv", "no features"),
+                            (settings.output / "targets" / name / "exclusions.csv", "not aligned")):
             kinds = [_kind(reason) for reason in _reasons(path)]
-            counts[split].update(f"{cause}: {kind}" for kind in kinds if kind != NO_FEATURES)  # those are counted with the cause
+            own.update(f"{cause}: {kind}" for kind in kinds if kind != NO_FEATURES)  # those are counted with the cause
     diverged = read_json(settings.output / "teachers" / "training.json")["diverged"]
     counts["teachers"] = Counter(f"member {int(k) + 1}: loss not finite at step {step}, trained no further" for k, step in diverged.items())
     return {split: dict(own) for split, own in counts.items() if own}
@@ -184,7 +202,7 @@ def _reasons(path: Path) -> list[str]:
 
 
 def _environment(settings: Settings) -> dict[str, Any]:
-    device = torch.cuda.get_device_name() if settings.device.startswith("cuda") else platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name(settings.device) if settings.device.startswith("cuda") else platform.processor() or platform.machine()
     return {"asr_kd": __version__, "torch": torch.__version__, "python": platform.python_version(), "device": device,
             "cpu capability": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from asr_kd.stage import fingerprint, read_json, write_json
 
 PROGRESS = "progress.json"
 CHUNK_FRAMES = 16384
+SYNC_S = 10.0  # a chunk takes a GPU milliseconds, a disk tens of them to be sure of it
 
 
 class ResumableFrameWriter:
@@ -26,7 +28,8 @@ class ResumableFrameWriter:
     for start, end in writer.chunks_left(): writer.append(frames of start..end-1)
     writer.finish()
 
-    Each chunk is on the disk, and noted as done, when `append` returns. Chunks hold whole utterances, 16384 frames or a little more.
+    Chunks are forced to the disk and noted as done every `SYNC_S` seconds, and the last one when `append` returns; what was not noted is done
+    again after a kill. Chunks hold whole utterances, 16384 frames or a little more.
 
     Args:
         folder: created if missing. What a run of the same arguments left there is continued, anything else is written anew.
@@ -45,6 +48,7 @@ class ResumableFrameWriter:
         self.utt_ids, self.lengths = list(utt_ids), [int(length) for length in np.diff(offsets)]
         self.ends = chunk_ends(offsets)
         self.done = 0
+        self._noted = time.monotonic()
         self._part = self.folder / f".{FRAMES}.part-0"
         self._layout = fingerprint([attributes, self.utt_ids, self.lengths, frame_width, self.dtype.str])
         self._header = _npy_header((int(offsets[-1]), frame_width), self.dtype)
@@ -99,13 +103,16 @@ class ResumableFrameWriter:
         with open(self._part, "rb+") as file:
             file.seek(len(self._header) + self.frames_done * self._frame_bytes)  # what a kill left half-written behind it is overwritten
             file.write(frames.tobytes())
+            self.done += 1
+            if self.done < len(self.ends) and time.monotonic() - self._noted < SYNC_S:
+                return
             file.flush()
             os.fsync(file.fileno())
-        self.done += 1
         self._note()
 
     def _note(self) -> None:
         write_json(self.folder / PROGRESS, {"layout": self._layout, "chunks": self.done})
+        self._noted = time.monotonic()
 
     def _publish(self) -> None:
         if self._part.is_file():  # it is not where an earlier run came so far

@@ -14,7 +14,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import reduce
+from operator import add
+from typing import Any, TypeVar
 
 import jiwer
 import numpy as np
@@ -76,6 +78,7 @@ class FrameCounts:
 
 
 Counts = WordErrors | FrameCounts
+AnyCounts = TypeVar("AnyCounts", WordErrors, FrameCounts)
 
 
 def word_errors(reference: Words, hypothesis: Words) -> WordErrors:
@@ -152,22 +155,31 @@ def top_confusions(confusions: NDArray[np.int64], names: Sequence[str], limit: i
 
 
 def per_speaker(errors: Mapping[str, WordErrors], speakers: Mapping[str, str]) -> dict[str, WordErrors]:
-    """Add up utterances by speaker, speakers sorted."""
+    """Add up utterances by speaker, speakers sorted.
+
+    Raises:
+        AsrKdError: an utterance has no speaker.
+    """
+    unknown = errors.keys() - speakers.keys()
+    if unknown:
+        raise AsrKdError(f"{min(unknown)}: no speaker ({len(unknown)} such utterances); score against the manifest of the split that was decoded")
     totals: dict[str, WordErrors] = {}
     for utt_id, counts in errors.items():
         totals[speakers[utt_id]] = totals.get(speakers[utt_id], WordErrors()) + counts
     return dict(sorted(totals.items()))
 
 
-def pool(systems: Sequence[Mapping[str, WordErrors]]) -> dict[str, WordErrors]:
+def pool(systems: Sequence[Mapping[str, AnyCounts]]) -> dict[str, AnyCounts]:
     """Add several systems' counts per utterance: the pooled rate is the mean of their rates, as all have the same references.
 
     Raises:
-        AsrKdError: the systems were scored on different utterances.
+        AsrKdError: no systems, or they were scored on different utterances.
     """
+    if not systems:
+        raise AsrKdError("pool: no systems, expected the counts of at least one; decode at least one member")
     for system in systems[1:]:
         _same_utterances(systems[0], system)
-    return {utt_id: sum((system[utt_id] for system in systems), WordErrors()) for utt_id in systems[0]}
+    return {utt_id: reduce(add, (system[utt_id] for system in systems)) for utt_id in systems[0]}
 
 
 def bootstrap_ci95(counts: Mapping[str, Counts], speakers: Mapping[str, str] | None = None, seed: int = 0,
@@ -177,6 +189,9 @@ def bootstrap_ci95(counts: Mapping[str, Counts], speakers: Mapping[str, str] | N
     Args:
         counts: utt_id -> counts.
         speakers: utt_id -> speaker; with at least `MIN_SPEAKERS` of them whole speakers are drawn, otherwise utterances.
+
+    Raises:
+        AsrKdError: nothing was scored.
     """
     numerators, denominators = _blocks(counts, speakers)
     rates = np.concatenate([numerators[draw].sum(1) / np.maximum(denominators[draw].sum(1), 1) for draw in _draws(len(numerators), seed, replicates)])
@@ -192,7 +207,7 @@ def probability_better(ours: Mapping[str, WordErrors], theirs: Mapping[str, Word
     pooled counts of several systems. Two identical systems give 0.5.
 
     Raises:
-        AsrKdError: the two were scored on different utterances.
+        AsrKdError: the two were scored on different utterances, or on none.
     """
     _same_utterances(ours, theirs)
     our_errors, our_words = _blocks(ours, speakers)
@@ -237,10 +252,17 @@ def calibration(confidence: NDArray[np.floating], correct: NDArray[np.bool_], nu
     return Calibration(frames, right, np.bincount(bins, weights=confidence, minlength=num_bins).astype(np.float64))
 
 
-def system_row(frames: FrameCounts, words: Mapping[str, WordErrors] | None = None, *, speakers: Mapping[str, str] | None = None,
+def system_row(frames: Mapping[str, FrameCounts], words: Mapping[str, WordErrors] | None = None, *, speakers: Mapping[str, str] | None = None,
                seed: int = 0, real_time_factor: float | None = None) -> dict[str, Any]:
-    """One system's entry of results.json; a system that was not decoded has the frame accuracy only."""
-    row: dict[str, Any] = {"frame_accuracy": frames.accuracy}
+    """One system's entry of results.json, from counts by utterance id; a system that was not decoded has the frame accuracy only.
+
+    Args:
+        speakers: utt_id -> speaker, for the intervals; see `bootstrap_ci95`.
+
+    Raises:
+        AsrKdError: no frames or no reference words.
+    """
+    row: dict[str, Any] = {"frame_accuracy": sum(frames.values(), FrameCounts()).accuracy, "frame_accuracy_ci95": list(bootstrap_ci95(frames, speakers, seed))}
     if words is None:
         return row
     total = sum(words.values(), WordErrors())
@@ -295,7 +317,7 @@ def _aligned(references: Mapping[str, Words], hypotheses: Mapping[str, Words]) -
     return zip(references, _edits(list(references.values()), [hypotheses[utt_id] for utt_id in references]), strict=True)
 
 
-def _same_utterances(one: Mapping[str, WordErrors], other: Mapping[str, WordErrors]) -> None:
+def _same_utterances(one: Mapping[str, Counts], other: Mapping[str, Counts]) -> None:
     differing = one.keys() ^ other.keys()
     if differing:
         raise AsrKdError(f"{min(differing)}: scored for one system only ({len(differing)} such); decode and score both systems on the same split")

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -323,7 +324,9 @@ def _teacher_posteriors(teachers: Teachers, frames: NumberedFrames, frame_indice
                         device: torch.device) -> Iterator[tuple[slice, Tensor]]:
     """Soft targets (n, S) of frames (N,) in passes of bounded size, each with its place among the N."""
     frames_at_once, logits_at_once = (limits.get(device.type, limits["cpu"]) for limits in (FRAMES_AT_ONCE, LOGITS_AT_ONCE))
-    step = max(1, min(frames_at_once, logits_at_once // (len(teachers) * record.num_states)))
+    most = max(1, min(frames_at_once, logits_at_once // (len(teachers) * record.num_states)))
+    passes = max(1, math.ceil(len(frame_indices) / most))
+    step = max(1, math.ceil(len(frame_indices) / passes))  # all alike: a short last one would cost a GPU as much
     for start in range(0, len(frame_indices), step):
         rows = slice(start, min(start + step, len(frame_indices)))
         logits = teachers(frames.windows.gather(frame_indices[rows]))  # (K, n, S)

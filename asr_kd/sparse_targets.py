@@ -45,10 +45,10 @@ def encode(posteriors: Tensor, uniforms: Tensor, bytes_per_frame: int) -> Tensor
         (N, bytes_per_frame // 2) int16, the bits of unsigned words.
     """
     num_slots = bytes_per_frame // 2 - 1
-    posteriors = posteriors.double()
-    top, top_ids, num_exact = _exact_entries(posteriors, num_slots)
+    precise = posteriors.double()
+    top, top_ids, num_exact = _exact_entries(posteriors, precise.sum(1, keepdim=True), num_slots)
     is_exact = torch.arange(top.shape[1], device=top.device) < num_exact[:, None]
-    rest = posteriors.scatter(1, top_ids, torch.where(is_exact, 0.0, top)).cumsum(1)  # (N, S) cumulative, exact entries left out
+    rest = precise.scatter(1, top_ids, torch.where(is_exact, 0.0, top)).cumsum(1)  # (N, S) cumulative, exact entries left out
     top = torch.where(is_exact, top, 0.0)
     units = round_to_units(torch.cat([top, rest[:, -1:]], 1), uniforms[:, :1].double())[:, :-1]
     drawn_ids = _draw(rest, num_slots - 2 * num_exact, num_slots, uniforms[:, 1:].double())
@@ -71,12 +71,13 @@ def decode(records: Tensor) -> SparseTargets:
     return SparseTargets(indices, probabilities)
 
 
-def _exact_entries(posteriors: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Candidates (N, J) with their ids, and how many of them (N,) to keep exactly."""
+def _exact_entries(posteriors: Tensor, total: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Candidates (N, J) in float64 with their ids, and how many of them (N,) to keep exactly; `total` (N, 1) is the mass of all."""
     num_states = posteriors.shape[1]
     most = min((num_slots - 1) // 2, num_states)
     top, ids = posteriors.topk(min(most + 1, num_states), dim=1)
-    left = (posteriors.sum(1, keepdim=True) - torch.nn.functional.pad(top.cumsum(1), (1, 0))[:, :most]).clamp(min=0)  # mass left by 0..J-1 exact entries
+    top = top.double()
+    left = (total - torch.nn.functional.pad(top.cumsum(1), (1, 0))[:, :most]).clamp(min=0)  # mass left by 0..J-1 exact entries
     slots_left = num_slots - 2 * torch.arange(most, device=top.device)
     enough = top[:, :most] * slots_left <= left  # (N, J): no drawn state would have more than the common weight
     num_exact = torch.where(enough.any(1), enough.int().argmax(1), most)

@@ -75,18 +75,23 @@ def prepare_features(settings: Settings, corpus: Corpus) -> tuple[Features, Reco
     """Log-mel features of every split, in `features/{split}`; the training splits also at other speeds."""
     options = FbankOptions(num_mels=settings.num_mels)
     records, origin = {}, {}
-    for split, utterances in corpus.splits.items():
-        for speed in [1.0] if split in corpus.evaluation else [1.0, *sorted(set(settings.speeds) - {1.0})]:
-            name, prefix = split if speed == 1.0 else f"{split}-sp{speed:g}", speed_prefix(speed)
+    for name, (split, speed) in store_names(settings, corpus).items():
 
-            def work(folder: Path, utterances: list[Utterance] = utterances, speed: float = speed) -> None:
-                extract_features(utterances, folder, options, settings.cmvn, settings.device, speed, settings.num_jobs)
+        def work(folder: Path, utterances: list[Utterance] = corpus.splits[split], speed: float = speed) -> None:
+            extract_features(utterances, folder, options, settings.cmvn, settings.device, speed, settings.num_jobs)
 
-            choices = {**asdict(options), "cmvn": settings.cmvn, "speed": speed}
-            records[name] = run_stage("features", settings.output / "features" / name, choices, {"manifest": corpus.fingerprints[split]}, work)
-            origin[name] = (split, prefix)
+        choices = {**asdict(options), "cmvn": settings.cmvn, "speed": speed}
+        records[name] = run_stage("features", settings.output / "features" / name, choices, {"manifest": corpus.fingerprints[split]}, work)
+        origin[name] = (split, speed_prefix(speed))
     stores = {name: FrameStore(settings.output / "features" / name) for name in records}
     return Features(stores, origin, {name: record.fingerprint for name, record in records.items()}), combined("features", records)
+
+
+def store_names(settings: Settings, corpus: Corpus) -> dict[str, tuple[str, float]]:
+    """Names of the stores of features and targets, "split" or "split-sp0.9" -> split and speed; evaluation splits have no copies."""
+    copies = sorted(set(settings.speeds) - {1.0})
+    return {split if speed == 1.0 else f"{split}-sp{speed:g}": (split, speed)
+            for split in corpus.splits for speed in [1.0, *([] if split in corpus.evaluation else copies)]}
 
 
 def speed_prefix(speed: float) -> str:

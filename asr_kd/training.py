@@ -10,6 +10,7 @@ process takes its share of each batch, gradients are summed, and all processes c
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import logging
 import pickle
@@ -248,6 +249,8 @@ class _Trainer:
             for view, parameter in zip(views, self.parameters, strict=True):
                 view.grad = None if self.schedule.stopped[k] else _gradient(parameter)[k]
         self.optimizer.step()
+        for view in itertools.chain(*self.members):  # else the old gradients would stay in memory during the next step
+            view.grad = None
         self.networks.zero_grad(set_to_none=True)
 
     def _check_losses(self) -> None:

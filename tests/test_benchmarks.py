@@ -35,7 +35,7 @@ def test_benchmarks_run(arguments: list[str], key: str) -> None:
 
 def test_the_list_of_benchmarks_names_files_that_are_there() -> None:
     listed = subprocess.run([sys.executable, "-m", "tests.benchmarks"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    for name in ("training", "teachers", "soft_targets", "features", "alignment", "graph", "decoding", "scale", "losses", "gpu"):
+    for name in ("training", "teachers", "soft_targets", "features", "alignment", "word_starts", "graph", "decoding", "scale", "losses", "gpu"):
         assert f"  {name} " in listed
         assert (ROOT / "tests" / "benchmarks" / f"{name}.py").is_file()
     wrong = subprocess.run([sys.executable, "-m", "tests.benchmarks", "speed"], cwd=ROOT, capture_output=True, text=True, check=False)

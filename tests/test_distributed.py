@@ -170,7 +170,7 @@ EXTRACTION = """
     from asr_kd.distributed import rank
     from asr_kd.soft_targets import ResumableFrameWriter, SoftTargetRecord, extract
     import asr_kd.resumable_frames
-    asr_kd.resumable_frames.CHUNK_FRAMES = 150
+    asr_kd.resumable_frames.CHUNK_FRAMES, asr_kd.resumable_frames.SYNC_S = 150, 0.0
     append = ResumableFrameWriter.append
     def killing(self, frames):
         append(self, frames)

@@ -94,6 +94,14 @@ def test_models_of_different_shapes_are_not_stacked() -> None:
         Ensemble.of([AcousticModel(SHAPE), AcousticModel(ModelShape(7, 3, 17, 5))])
 
 
+@pytest.mark.parametrize("statistic", ["input_mean", "input_scale"])
+def test_models_of_different_inputs_are_not_stacked(statistic: str) -> None:
+    models = [AcousticModel(SHAPE, seed) for seed in (1, 2)]
+    getattr(models[1], statistic)[0] = 7.0
+    with pytest.raises(AsrKdError, match="same input mean and scale"):
+        Ensemble.of(models)
+
+
 def test_no_members_is_an_error() -> None:
     with pytest.raises(AsrKdError, match="num_teachers"):
         Ensemble(SHAPE, [])

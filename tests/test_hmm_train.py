@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -242,6 +243,24 @@ def test_damaged_checkpoint_or_other_settings_start_anew(made: Made, tmp_path: P
     assert "continuing" not in caplog.text
     train_gmm_hmm(*made[:3], LEXICON, replace(short, mono_gaussians=30), folder=tmp_path)
     assert "continuing after pass 3" in caplog.text
+
+
+def test_triphone_stages_before_the_last_train_on_part_of_a_large_corpus(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, words, speakers, _ = made
+    aligned: list[int] = []
+    align_with = train.align_with
+
+    def counting(*arguments: Any, **more: Any) -> Any:
+        aligned.append(len(arguments[3]))
+        return align_with(*arguments, **more)
+
+    monkeypatch.setattr(train, "align_with", counting)
+    monkeypatch.setattr(train, "STAGE_HOURS", sum(map(store.length, words)) / 3 / train.FRAMES_PER_HOUR)
+    aligner = train_gmm_hmm(store, words, speakers, LEXICON, replace(SETTINGS, boundaries=False))
+    of_stages = aligned[-6:]  # at the begin of each, and once more in it
+    assert of_stages == [20, 20, 20, 20, 60, 60]
+    found = aligner.align(Frontend.of(joined(store), speakers, list(words)), Graphs(words, LEXICON, aligner.hmm.phones), list(words))
+    assert None not in found.values()
 
 
 def test_log_shows_rising_likelihood_per_frame(made: Made, caplog: pytest.LogCaptureFixture) -> None:

@@ -66,18 +66,25 @@ def test_results_hold_what_the_contract_says(finished: Path) -> None:
         for name in ("baseline", "ensemble", "distilled", "control"):
             row = systems[name]
             assert row["wer"] == pytest.approx(row["errors"] / row["words"])
-            assert row["wer_ci95"][0] <= row["wer"] <= row["wer_ci95"][1]
+            for measure in ("frame_accuracy", "wer"):
+                assert row[f"{measure}_ci95"][0] <= row[measure] <= row[f"{measure}_ci95"][1]
             assert row["real_time_factor"] > 0
         members = [member["frame_accuracy"] for member in systems["members"]]
         assert len(members) == 3
         assert systems["baseline"]["frame_accuracy"] == pytest.approx(np.mean(members))
+        decoded = [member for member in systems["members"] if "wer" in member]
+        assert systems["baseline"]["decoded_members"] == len(decoded)
+        assert systems["baseline"]["errors"] == sum(member["errors"] for member in decoded)
         assert systems["ensemble"]["frame_accuracy"] > systems["baseline"]["frame_accuracy"] > 0.1
         kept = (systems["distilled"]["frame_accuracy"] - systems["baseline"]["frame_accuracy"]) / (
             systems["ensemble"]["frame_accuracy"] - systems["baseline"]["frame_accuracy"])
         assert systems["gain_kept"]["frame_accuracy"] == pytest.approx(kept)
         lead = systems["control"]["wer"] - systems["distilled"]["wer"]
         assert (systems["distilled"]["probability_better_than_control"] - 0.5) * lead >= 0
-    assert {"align", "teachers", "student", "control", "graph"} <= results["stages"].keys()
+    assert {"align", "teachers", "student", "control", "graph", "score"} <= results["stages"].keys()
+    shapes = results["networks"]
+    assert shapes["control"]["hidden_units"] == shapes["distilled"]["hidden_units"]
+    assert (shapes["control"]["dropout"], shapes["distilled"]["dropout"]) == (shapes["teachers"]["dropout"], results["settings"]["student_dropout"])
     assert results["settings"]["temperature"] == 2.0
 
 
@@ -95,6 +102,7 @@ def test_frame_accuracy_by_the_slow_way(finished: Path) -> None:
     teachers = Ensemble.load(finished / "teachers" / "networks.safetensors")
     correct = frames = 0
     nll = 0.0  # of the members, each alone
+    sure, right = np.zeros((3, 15)), np.zeros((3, 15))  # by confidence, a row for each member
     import torch
 
     for utt_id in targets:
@@ -103,11 +111,17 @@ def test_frame_accuracy_by_the_slow_way(finished: Path) -> None:
         with torch.no_grad():
             of_members = torch.stack([teachers.member(k).eval()(torch.from_numpy(windows)).softmax(-1) for k in range(3)])
         nll -= float(of_members[:, torch.arange(len(log_mel)), torch.from_numpy(targets[utt_id].astype(np.int64))].log().mean(0).sum())
+        for member, posteriors in enumerate(of_members.numpy()):
+            bins = np.minimum(posteriors.max(-1) * 15, 14).astype(int)
+            np.add.at(sure[member], bins, posteriors.max(-1))
+            np.add.at(right[member], bins, posteriors.argmax(-1) == targets[utt_id])
         posteriors = of_members.sum(0)
         correct += int((posteriors.argmax(-1).numpy() == targets[utt_id]).sum())
         frames += len(log_mel)
     assert read_json(finished / "results.json")["splits"]["test"]["ensemble"]["frame_accuracy"] == pytest.approx(correct / frames, abs=2e-4)
-    assert read_json(finished / "results.json")["calibration"]["test"]["baseline"]["nll"] == pytest.approx(nll / frames, rel=1e-4)
+    calibration = read_json(finished / "results.json")["calibration"]["test"]["baseline"]
+    assert calibration["nll"] == pytest.approx(nll / frames, rel=1e-4)
+    assert calibration["ece"] == pytest.approx(np.abs(sure - right).sum() / frames / 3, abs=2e-4)
 
 
 def test_tuning_speakers_are_in_no_training(finished: Path) -> None:
@@ -191,25 +205,31 @@ def test_the_whole_recipe_on_a_gpu_gives_the_same(finished: Path, tmp_path: Path
 
 
 def test_kill_in_every_stage_loses_nothing(finished: Path, tmp_path: Path) -> None:
-    """kill -9 soon after each stage began; the same command ends with the same results."""
+    """kill -9 in the middle of each stage; the same command ends with the same results."""
     output = tmp_path / "out"
+    middle = {str(path.parent.relative_to(finished)): read_json(path)["seconds"] / 2 for path in finished.rglob("record.json")}
+    tried: set[str] = set()
     killed: set[str] = set()
     log = tmp_path / "log"
     for _ in range(60):
         with open(log, "w") as errors:
             process = subprocess.Popen(command(output), stdout=subprocess.DEVNULL, stderr=errors)
         while process.poll() is None:
-            begun = {str(path.parent.relative_to(output)) for path in output.rglob("started.json")} - killed
+            begun = {str(path.parent.relative_to(output)) for path in output.rglob("started.json")} - tried
             if begun:
-                time.sleep(0.3)
+                time.sleep(min(0.3, *(middle[stage] for stage in begun)))
                 process.kill()
-                killed |= begun
+                tried |= begun
+                killed |= {stage for stage in begun if (output / stage / "started.json").is_file()}  # the others ended meanwhile
                 break
-            time.sleep(0.02)
+            time.sleep(0.002)
         if process.wait() >= 0:
             break
     assert process.returncode == 0, log.read_text()[-3000:]
-    assert len(killed) >= 12, sorted(killed)
+    long = {"corpus", "features/train", "hmm", "targets_0/train", "targets/train", "aligner_1", "teachers", "soft_targets", "student", "control", "tuning",
+            "decode/ensemble", "student/bundle"}
+    assert long <= killed, sorted(middle.keys() - killed)
+    assert len(killed) >= 20, sorted(middle.keys() - killed)
     one, other = (read_json(folder / "results.json") for folder in (finished, output))
     assert without_times(other["splits"]) == without_times(one["splits"])
 
@@ -240,6 +260,16 @@ def test_two_runs_in_one_folder_are_refused(finished: Path) -> None:
     assert done.stderr.strip().splitlines()[-1] == f"asr-kd: {finished}: another run works here; wait until it has ended or give another output_folder"
     with experiment.alone_in(finished):  # an ended run has left nothing that is in the way
         pass
+
+
+def test_targets_alone_are_those_of_the_recipe(finished: Path) -> None:
+    before = records(finished)
+    settings = command(finished)[2:]
+    done = subprocess.run([sys.executable, str(ROOT / "data_prep" / "targets.py"), *settings], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert records(finished) == before
+    store = FrameStore(finished / "targets_0" / "dev")
+    assert f"{finished}/targets_0/dev: {len(store)} utterances, {len(store.frames)} frames, 150 states\n" in done.stdout
 
 
 def test_the_readmes_command_for_ones_own_speech(finished: Path, tmp_path: Path) -> None:

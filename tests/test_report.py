@@ -14,7 +14,8 @@ from asr_kd.report import NONE, headline, make_page, write_report
 
 def system(frame_accuracy, errors, words=2000, **more):
     wer = errors / words
-    return {"frame_accuracy": frame_accuracy, "wer": wer, "wer_ci95": [wer - 0.011, wer + 0.012], "errors": errors, "words": words,
+    return {"frame_accuracy": frame_accuracy, "frame_accuracy_ci95": [frame_accuracy - 0.01, frame_accuracy + 0.02], "wer": wer,
+            "wer_ci95": [wer - 0.011, wer + 0.012], "errors": errors, "words": words,
             "substitutions": errors - 60, "deletions": 23, "insertions": 37, "real_time_factor": 0.0713, **more}
 
 
@@ -72,15 +73,16 @@ def table_of(page, name):
 def test_every_number_of_the_table_is_that_of_results_json(folder, results):
     page = (folder / "report.html").read_text()
     shown = table_of(page, "Results on dev-mini")
-    assert shown.pop("Single network, mean") == ["45.57 ± 0.06", "25.5 ± 0.6", "24.4 to 26.7", "1020 / 4000", "960 / 23 / 37", "0.071", NONE]
+    assert shown.pop("Single network, mean") == ["45.57 ± 0.06", "44.6 to 47.6", "25.5 ± 0.6", "24.4 to 26.7", "1020 / 4000", "960 / 23 / 37", "0.071", NONE]
     names = {"Ensemble of 3": "ensemble", "Distilled student": "distilled", "Control (hard targets)": "control"}
     assert shown.keys() == names.keys()
     for name, cells in shown.items():
         row = results["splits"]["dev-mini"][names[name]]
-        accuracy, wer, interval, errors, edits, real_time_factor, better = cells
+        accuracy, of_accuracy, wer, of_wer, errors, edits, real_time_factor, better = cells
         assert float(accuracy) == pytest.approx(100 * row["frame_accuracy"], abs=0.0051)
         assert float(wer) == pytest.approx(100 * row["wer"], abs=0.051)
-        assert [float(end) for end in interval.split(" to ")] == pytest.approx([100 * end for end in row["wer_ci95"]], abs=0.051)
+        for measure, interval in (("frame_accuracy", of_accuracy), ("wer", of_wer)):
+            assert [float(end) for end in interval.split(" to ")] == pytest.approx([100 * end for end in row[f"{measure}_ci95"]], abs=0.051)
         assert errors == f"{row['errors']} / {row['words']}"
         assert edits == f"{row['substitutions']} / {row['deletions']} / {row['insertions']}"
         assert (float(real_time_factor), float(better)) == pytest.approx((row["real_time_factor"], row["probability_better"]), abs=5e-4)
@@ -120,6 +122,16 @@ def test_headline(results):
     assert "keeps none (-30 %) of the ensemble's gain in word error rate" in headline("dev-mini", rows)
 
 
+def test_how_student_and_control_differ_is_said(results, tmp_path):
+    shape = {"hidden_units": 512, "dropout": 0.0}
+    results["networks"] = {"distilled": shape, "control": dict(shape)}
+    page = write_report(tmp_path, results).read_text()
+    assert "from hard targets alone.</p>" in page
+    assert "one training each" in page
+    results["networks"]["control"] = shape | {"dropout": 0.1}
+    assert "from hard targets alone. They also differ in dropout 0.0 and 0.1." in write_report(tmp_path, results).read_text()
+
+
 def test_what_was_resampled_is_said(results, tmp_path):
     rows = results["splits"]["dev-mini"]
     rows["bootstrap"] = {"resampled": "utterances", "speakers": 4}
@@ -142,7 +154,7 @@ def test_every_part_is_optional(results, tmp_path):
                                "gain_kept": {"frame_accuracy": 0.75, "wer": None}}}, "stages": {}, "settings": {}}
     page = write_report(tmp_path, bare).read_text()
     assert "keeps 75 % of the ensemble's gain in frame accuracy on dev." in page
-    assert table_of(page, "Results on dev")["Ensemble"] == ["52.00", *[NONE] * 6]
+    assert table_of(page, "Results on dev")["Ensemble"] == ["52.00", *[NONE] * 7]
     assert [section.title for section in make_page(bare).sections] == ["Results on dev"]
 
 
@@ -179,7 +191,7 @@ def test_split_without_a_measure(rows, tmp_path):
     page = write_report(tmp_path, {"splits": {"a": rows}}).read_text()
     assert "<svg" not in page
     assert "Results on a: " in page
-    assert all(cells == [NONE] * 7 for cells in table_of(page, "Results on a").values())
+    assert all(cells == [NONE] * 8 for cells in table_of(page, "Results on a").values())
 
 
 def test_what_is_whole_is_shown_without_what_is_not(results):

@@ -172,12 +172,14 @@ def test_calibration_against_a_loop():
 
 def test_rows_of_results_json():
     errors = {"u1": WordErrors(1, 0, 0, 4), "u2": WordErrors(0, 1, 1, 6)}
-    row = score.system_row(FrameCounts(3, 4), errors, real_time_factor=0.1)
+    frames = {"u1": FrameCounts(1, 2), "u2": FrameCounts(2, 2)}
+    row = score.system_row(frames, errors, real_time_factor=0.1)
     low, high = row.pop("wer_ci95")
     assert low <= row["wer"] <= high
+    assert row.pop("frame_accuracy_ci95") == [0.5, 1.0]  # one utterance twice, or the other, or both
     assert row == {"frame_accuracy": 0.75, "wer": 0.3, "errors": 3, "words": 10, "substitutions": 1, "deletions": 1, "insertions": 1,
                    "real_time_factor": 0.1}
-    assert score.system_row(FrameCounts(3, 4)) == {"frame_accuracy": 0.75}
+    assert score.system_row(frames) == {"frame_accuracy": 0.75, "frame_accuracy_ci95": [0.5, 1.0]}
 
 
 def test_gain_kept_of_the_paper():

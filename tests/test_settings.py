@@ -15,6 +15,10 @@ BASE = {"output_folder": "out", "data_folder": "data", "train_splits": ["train"]
 
 @pytest.mark.parametrize("path", HPARAMS, ids=lambda path: path.stem)
 def test_every_recipe_loads(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for key in ("data_folder", "output_folder", "train_splits", "tuning_speakers", "dev_splits", "test_splits", "lexicon", "lm", "seed", "num_teachers",
+                "num_states", "hidden_layers", "hidden_units", "temperature", "hard_weight", "device", "precision"):
+        assert f"\n{key}:" in text, key
     settings = load_settings(path)
     assert settings.num_teachers == 10
     assert settings.temperature == 2.0

@@ -81,6 +81,7 @@ def direct(frames: Frames, temperature: float = 2.0) -> Tensor:
 
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resumable_frames, "CHUNK_FRAMES", 20)
+    monkeypatch.setattr(resumable_frames, "SYNC_S", 0.0)
     monkeypatch.setattr(soft_targets, "LOGITS_AT_ONCE", {"cpu": 3 * NUM_STATES * 8})
     monkeypatch.setattr(soft_targets, "CACHED_ELEMENTS", NUM_STATES * 3)
 
@@ -377,6 +378,29 @@ def test_disk_that_fills_up_while_writing_is_said_and_nothing_is_lost(tmp_path: 
     teachers = DyingTeachers(calls=10)  # for the two chunks that were not written
     extract(teachers, FRAMES, tmp_path / "full", RECORD, seed=0, device=CPU, form="sparse")
     assert (tmp_path / "full" / "frames.npy").read_bytes() == (tmp_path / "whole" / "frames.npy").read_bytes()
+
+
+def test_chunks_that_are_not_yet_noted_are_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is waited for every few seconds, not for every chunk."""
+    clock = [0.0]
+    monkeypatch.setattr(resumable_frames.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(resumable_frames, "CHUNK_FRAMES", 2)
+    data = np.arange(16, dtype="<i2").reshape(16, 1)
+
+    def writer() -> ResumableFrameWriter:
+        return ResumableFrameWriter(tmp_path, list("abcdefgh"), np.arange(0, 17, 2), 1, "<i2", {})
+
+    first = writer()
+    for (start, end), seconds in zip(first.chunks_left()[:6], (1.0, 4.0, 11.0, 12.0, 13.0, 14.0), strict=True):
+        clock[0] = seconds
+        first.append(data[start:end])
+    again = writer()  # as after a kill
+    assert again.frames_done == 6
+    for start, end in again.chunks_left():
+        again.append(data[start:end])
+    assert writer().chunks_left() == []
+    again.finish()
+    np.testing.assert_array_equal(FrameStore(tmp_path).frames, data)
 
 
 def test_writing_takes_the_memory_of_one_chunk(tmp_path: Path) -> None:

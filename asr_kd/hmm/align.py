@@ -36,6 +36,7 @@ from asr_kd.hmm.model import EDGE, SIL, STATES_PER_PHONE, HmmModel, read_tensors
 from asr_kd.hmm.transforms import MIN_SPEAKER_FRAMES, TransformStatistics, fmllr
 from asr_kd.manifest import Exclusion, write_exclusions
 from asr_kd.precision import precision_context
+from asr_kd.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +177,8 @@ def speaker_transforms(model: GmmHmm, frontend: Frontend, codes: Mapping[str, ND
             sums.add(mixtures, raw, frontend.transformed(speaker, raw), model.hmm.flat_table[path[speech]])
         return speaker, fmllr(sums)
 
-    transforms = {speaker: transform for speaker, transform in map_threads(work, sorted(by_speaker)) if transform is not None}
+    found = progress(map_threads(work, sorted(by_speaker), frontend.device), "fMLLR", total=len(by_speaker), unit="speaker")
+    transforms = {speaker: transform for speaker, transform in found if transform is not None}
     if len(transforms) < len(by_speaker):
         log.info("%d of %d speakers are not adapted to: fewer than %d frames of speech, or constant or repeated ones", len(by_speaker) - len(transforms),
                  len(by_speaker), MIN_SPEAKER_FRAMES)

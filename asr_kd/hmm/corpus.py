@@ -28,8 +28,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 NO_FEATURES = "no features"
 """Why an utterance that the feature stage left out is not aligned."""
-MAX_CACHED_STATES = 4_000_000
-"""Graphs of about this many states (some 100 MB) are kept between passes; further ones are built when needed."""
+MAX_CACHED_STATES = 30_000_000
+"""Graphs of about this many states (some 400 MB, a hundred hours of speech) are kept between passes; further ones are built when needed."""
 MAX_BATCH_CELLS = 40_000_000
 """Frames times states of a Viterbi batch: bytes of its traceback."""
 MAX_UTTERANCE_CELLS = 10**9
@@ -37,7 +37,11 @@ MAX_UTTERANCE_CELLS = 10**9
 MAX_CHUNK_FRAMES = 200_000
 """Frames that are held in memory at once while statistics are summed."""
 GPU_FACTOR = 5
-"""A GPU takes so many times larger batches and chunks."""
+"""A GPU takes so many times larger chunks."""
+GPU_BATCH_FACTOR = 15
+"""A GPU takes so many times larger Viterbi batches: each of their steps through time costs a few launches, whatever its size."""
+GPU_THREADS = 3
+"""Threads that feed one GPU: more would wait for one another, and each holds a batch there."""
 GUIDE_FRAMES = 50
 """Frames by which a word may leave its place in an earlier alignment."""
 GUIDED_BLOCK = 128
@@ -155,9 +159,13 @@ def own_utterances(utt_ids: Sequence[str], speakers: Mapping[str, str], features
     return [utt_id for utt_id in utt_ids if owner[speakers.get(utt_id, "")] == rank()]
 
 
-def map_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """`map` over threads, in order, a few items ahead; each thread's own matrix products stay on one core."""
-    threads = num_threads()
+def map_threads(function: Callable[[Item], Result], items: Iterable[Item], device: torch.device) -> Iterator[Result]:
+    """`map` over threads, in order, a few items ahead; each thread's own matrix products on the CPU stay on one core.
+
+    Args:
+        device: where `function` works; the threads that feed a GPU are few.
+    """
+    threads = num_threads() if device.type == "cpu" else min(num_threads(), GPU_THREADS)
     if threads == 1:
         yield from map(function, items)
         return
@@ -176,9 +184,18 @@ def chunk_frames(device: torch.device) -> int:
     return MAX_CHUNK_FRAMES * (1 if device.type == "cpu" else GPU_FACTOR)
 
 
+def map_chunks(function: Callable[[list[str]], Result], utt_ids: Iterable[str], features: Features, device: torch.device, desc: str) -> Iterator[Result]:
+    """`function` of runs of utterances that are summed on `device` at once, over threads and in order."""
+    parts = list(chunks(utt_ids, features, chunk_frames(device)))
+    with progress(desc=desc, total=sum(map(len, parts)), unit="utt") as bar:
+        for part, result in zip(parts, map_threads(function, parts, device), strict=True):
+            yield result
+            bar.update(len(part))
+
+
 def viterbi_batches(utt_ids: Iterable[str], graphs: GraphSource, features: Features, device: torch.device) -> list[list[str]]:
     """Utterances of like length together, such that a batch's traceback stays small."""
-    max_cells = MAX_BATCH_CELLS * (1 if device.type == "cpu" else GPU_FACTOR)
+    max_cells = MAX_BATCH_CELLS * (1 if device.type == "cpu" else GPU_BATCH_FACTOR)
     batches: list[list[str]] = []
     longest = states = 0
     for utt_id in sorted(utt_ids, key=lambda utt_id: (-features.length(utt_id), utt_id)):
@@ -274,7 +291,7 @@ def align_utterances(utt_ids: Sequence[str], graphs: GraphSource, features: Feat
 
     batches = viterbi_batches(utt_ids, graphs, features, device)
     with progress(desc=desc, total=len(utt_ids), unit="utt") as bar:
-        for results in map_threads(work, batches):
+        for results in map_threads(work, batches, device):
             bar.update(len(results))
             yield from results
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from asr_kd.distributed import from_first_process
 from asr_kd.hmm.align import GmmHmm
-from asr_kd.hmm.corpus import chunk_frames, chunks, map_threads
+from asr_kd.hmm.corpus import map_chunks
 from asr_kd.hmm.frontend import Frontend
 from asr_kd.hmm.gmm import GaussianMixtures, Statistics, accumulate, estimate, grow
 from asr_kd.hmm.model import EDGE, SIL, HmmModel
@@ -34,13 +34,14 @@ def expect(model: GmmHmm, frontend: Frontend, codes: Mapping[str, NDArray[np.int
     def work(chunk: list[str]) -> Statistics:
         return accumulate(mixtures, frames_of(frontend, chunk), states_of(model.hmm, codes, chunk))
 
-    return accumulate_over(work, model.mixtures, codes, frontend)
+    return accumulate_over(work, model.mixtures, codes, frontend, "statistics")
 
 
-def accumulate_over(work: Callable[[list[str]], Statistics], mixtures: GaussianMixtures, utt_ids: Iterable[str], frontend: Frontend) -> Statistics:
-    """Statistics of all processes' utterances, chunk by chunk."""
+def accumulate_over(work: Callable[[list[str]], Statistics], mixtures: GaussianMixtures, utt_ids: Iterable[str], frontend: Frontend,
+                    desc: str) -> Statistics:
+    """Statistics of all processes' utterances, chunk by chunk; `desc` names the progress bar."""
     total = Statistics.zero(mixtures.num_gaussians, mixtures.dim)
-    for part in map_threads(work, chunks(utt_ids, frontend.store, chunk_frames(frontend.device))):
+    for part in map_chunks(work, utt_ids, frontend.store, frontend.device, desc):
         total += part
     return total.over_processes()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -27,6 +28,12 @@ def dct_matrix(num_mels: int, num_cepstra: int = NUM_CEPSTRA) -> Tensor:
     matrix = np.sqrt(2.0 / num_mels) * np.cos(np.pi * k * (m + 0.5) / num_mels)
     matrix[:, 0] /= np.sqrt(2.0)
     return torch.from_numpy(matrix.astype(np.float32))
+
+
+@cache
+def _dct_on(num_mels: int, device: torch.device) -> Tensor:
+    """`dct_matrix` on a device, made once."""
+    return dct_matrix(num_mels).to(device)
 
 
 def splice(frames: Tensor, context: int = SPLICE) -> Tensor:
@@ -104,7 +111,7 @@ class Frontend:
     def cepstra(self, utt_id: str) -> Tensor:
         """(T, 13) normalised cepstra."""
         log_mel = torch.from_numpy(self.store[utt_id].astype(np.float32)).to(self.device)
-        return log_mel @ dct_matrix(log_mel.shape[1]).to(self.device) - self.means[self.speakers[utt_id]].to(self.device)
+        return log_mel @ _dct_on(log_mel.shape[1], self.device) - self.means[self.speakers[utt_id]].to(self.device)
 
     def spliced(self, utt_id: str) -> Tensor:
         """(T, 9 · 13) what a projection is estimated from."""

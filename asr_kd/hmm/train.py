@@ -20,7 +20,7 @@ from asr_kd.frames import FrameStore
 from asr_kd.hmm.align import Aligner, GmmHmm, align_with, learn_transitions, speaker_transforms, usable_utterances
 from asr_kd.hmm.boundaries import train_boundaries
 from asr_kd.hmm.checkpoint import TrainState, alignment_name, load_state, save_state
-from asr_kd.hmm.corpus import Aligned, Graphs, Pronouncer, chunk_frames, chunks, map_threads, own_utterances
+from asr_kd.hmm.corpus import Aligned, Graphs, Pronouncer, map_chunks, own_utterances
 from asr_kd.hmm.em import VARIANCE_FLOOR, accumulate_over, expect, frames_of, maximise, states_of
 from asr_kd.hmm.features import joined
 from asr_kd.hmm.frontend import CPU, NUM_CEPSTRA, SPLICE, Frontend
@@ -38,6 +38,8 @@ LDA_DIM = 40
 FRAMES_PER_HOUR = 360_000
 FLAT_PASSES = 4
 """Passes on the even alignment, while only silence gets more Gaussians."""
+STAGE_HOURS = 100.0
+"""Triphone stages before the last train on so much audio, from all over the corpus: what they leave behind is a start for the next."""
 QUIET_MARGIN = 3
 """Frames before the first and after the last loud frame that are taken for speech at the flat start."""
 
@@ -172,11 +174,16 @@ class _Trainer:
         return Aligner(state.model, boundaries=boundaries)
 
     def boundaries(self, state: TrainState) -> tuple[GmmHmm, ...]:
-        """Boundary models from utterances all over the corpus, about as much speech as monophones train on."""
-        frames = sum(map(self.frontend.store.length, self.all_utt_ids))
-        step = max(1, round(frames / (self.settings.mono_hours * FRAMES_PER_HOUR)))
-        chosen = {utt_id: state.aligned[utt_id] for utt_id in set(self.all_utt_ids[::step]).intersection(state.aligned)}
+        """Boundary models from about as much speech as monophones train on."""
+        chosen = {utt_id: state.aligned[utt_id] for utt_id in self.sample(self.settings.mono_hours) if utt_id in state.aligned}
         return train_boundaries(self.frontend, self.graphs, dict(sorted(chosen.items())), self.phones, self.settings.mono_gaussians)
+
+    def sample(self, hours: float) -> list[str]:
+        """Utterances of this process from all over the corpus: about so many hours of all processes' together."""
+        frames = sum(map(self.frontend.store.length, self.all_utt_ids))
+        step = max(1, round(frames / (hours * FRAMES_PER_HOUR)))
+        chosen = set(self.all_utt_ids[::step])
+        return [utt_id for utt_id in self.utt_ids if utt_id in chosen]
 
     def identity(self) -> str:
         """Names this training: settings, data and pronunciations."""
@@ -223,7 +230,7 @@ class _Trainer:
         def work(chunk: list[str]) -> Statistics:
             return accumulate(one, frames_of(self.frontend, chunk), np.zeros(self.length(chunk), np.int64))
 
-        overall = accumulate_over(work, one, aligned, self.frontend)
+        overall = accumulate_over(work, one, aligned, self.frontend, "flat start")
         mean = overall.sums[0] / overall.frames[0]
         variance = overall.squares[0] / overall.frames[0] - mean.square()
         mixtures = single_gaussians(mean.expand(hmm.num_states, -1), variance.expand(hmm.num_states, -1))
@@ -236,8 +243,9 @@ class _Trainer:
         return Aligned(codes, np.full_like(codes, -1), 0.0)
 
     def begin_stage(self, stage: str, state: TrainState) -> TrainState:
-        """Align all utterances with the model so far, then tie states anew on the features of this stage, one Gaussian each."""
-        state = self.realign(state, self.view(state), self.utt_ids, is_rough=stage == "tri")
+        """Align utterances with the model so far, in the last stage all of them, then tie states anew on the features of this stage, one Gaussian each."""
+        utt_ids = self.utt_ids if stage == schedule(self.settings)[-1].stage else self.sample(STAGE_HOURS)
+        state = self.realign(state, self.view(state), utt_ids, is_rough=stage == "tri")
         previous = state.model
         if stage == "lda":
             state = replace(state, model=replace(previous, projection=self.discriminate(previous.hmm, state.codes)))
@@ -283,7 +291,7 @@ class _Trainer:
             return accumulate(mixtures, frames, states), sums
 
         statistics, sums = Statistics.zero(model.mixtures.num_gaussians, model.mixtures.dim), TransformStatistics(model.mixtures.dim)
-        for own, own_sums in map_threads(work, chunks(state.codes, frontend.store, chunk_frames(frontend.device))):
+        for own, own_sums in map_chunks(work, state.codes, frontend.store, frontend.device, "MLLT"):
             statistics += own
             sums += own_sums
         matrix = from_first_process(mllt(model.mixtures, statistics.over_processes(), sums.over_processes()))
@@ -304,7 +312,7 @@ class _Trainer:
 
         dim = (2 * SPLICE + 1) * NUM_CEPSTRA
         counts, sums, second = np.zeros(hmm.num_states), np.zeros((hmm.num_states, dim)), np.zeros((dim, dim))
-        for part in map_threads(work, chunks(codes, frontend.store, chunk_frames(CPU))):
+        for part in map_chunks(work, codes, frontend.store, CPU, "LDA"):
             for whole, own in zip((counts, sums, second), part, strict=True):
                 whole += own
         add_over_processes([torch.from_numpy(whole) for whole in (counts, sums, second)])
@@ -327,7 +335,7 @@ class _Trainer:
             return rows, moments
 
         total = torch.zeros(len(names), 1 + 2 * frontend.dim, dtype=torch.float64)
-        for rows, moments in map_threads(work, chunks(codes, frontend.store, chunk_frames(CPU))):
+        for rows, moments in map_chunks(work, codes, frontend.store, CPU, "states in context"):
             total.index_add_(0, torch.from_numpy(rows), moments.double())
         add_over_processes([total])
         return ContextStatistics(names.astype(np.int32), total.numpy())

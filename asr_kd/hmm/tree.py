@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from asr_kd.errors import AsrKdError
 from asr_kd.hmm.model import EDGE, SIL, STATES_PER_PHONE, split_codes
+from asr_kd.progress import progress
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
@@ -140,15 +141,17 @@ def grow_tree(statistics: ContextStatistics, num_phones: int, num_states: int, *
             add(Leaf(phone, k, everything, everything), np.flatnonzero((centre == phone) & (position == k)))
     for index in range(len(leaves)):
         consider(index)
-    while queue and len(leaves) < num_states:
-        _, index, split = heapq.heappop(queue)
-        leaf, rows = leaves[index], members[index]
-        inside = split.yes[(left if split.is_left else right)[rows]]
-        yes, no = ((leaf.left & side, leaf.right) if split.is_left else (leaf.left, leaf.right & side) for side in (split.yes, ~split.yes))
-        leaves[index], members[index] = Leaf(leaf.centre, leaf.position, *yes), rows[inside]
-        add(Leaf(leaf.centre, leaf.position, *no), rows[~inside])
-        consider(index)
-        consider(len(leaves) - 1)
+    with progress(desc="tying states", total=num_states - len(leaves), unit="split") as bar:
+        while queue and len(leaves) < num_states:
+            _, index, split = heapq.heappop(queue)
+            leaf, rows = leaves[index], members[index]
+            inside = split.yes[(left if split.is_left else right)[rows]]
+            yes, no = ((leaf.left & side, leaf.right) if split.is_left else (leaf.left, leaf.right & side) for side in (split.yes, ~split.yes))
+            leaves[index], members[index] = Leaf(leaf.centre, leaf.position, *yes), rows[inside]
+            add(Leaf(leaf.centre, leaf.position, *no), rows[~inside])
+            consider(index)
+            consider(len(leaves) - 1)
+            bar.update(1)
     return leaves
 
 

@@ -1,6 +1,7 @@
 """Benchmarks, run by hand: `python -m tests.benchmarks NAME [--option value ...]` (`NAME --help` lists the options).
 
-Each prints JSON, with the limit measured in the same run beside its figures, and a table where a person looks (stdout is a terminal).
+Each prints JSON, with the limit measured in the same run, or the aim, beside its figures where there is one, and a table where a person
+looks (stdout is a terminal).
 README.md holds what was measured, where, and with which command.
 """
 
@@ -17,6 +18,7 @@ NAMES = {
     "soft_targets": "writing and reading soft targets; students of their small forms (speed, corpus, simulation)",
     "features": "filterbanks beside torchaudio's",
     "alignment": "monophone and triphone passes over growing amounts of speech",
+    "word_starts": "how near the aligner comes to the truth of synthetic speech",
     "graph": "time and memory of large decoding graphs",
     "decoding": "real-time factor and what the beam costs",
     "scale": "streamed training on a corpus larger than memory",

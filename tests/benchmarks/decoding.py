@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         errors = sum(score_split(references, {utt_id: hypothesis.words for utt_id, hypothesis in found.items()}).values(), WordErrors())
         show({"beam": settings.beam, "max_active": settings.max_active, "jobs": jobs, "real_time_factor": real_time_factor(found),
               "limit_real_time_factor": 0.05,
-              "wall_s_with_reading_the_graph": wall_s, "wer": errors.wer, "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6})
+              "wall_s_with_reading_the_graph": wall_s, "wer": errors.wer, "errors": errors.errors,
+              "peak_memory_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6})
 
     for factor in options.beam_factors:
         measure(replace(chosen, beam=factor * chosen.beam, max_active=round(max(1.0, factor) * chosen.max_active)), max(options.jobs))

@@ -1,0 +1,50 @@
+"""What results.json says beside the rates: exclusions and calibration of several members."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from asr_kd import results
+from asr_kd.calibration import PosteriorQuality
+from asr_kd.score import calibration
+
+
+def listed(path: Path, *reasons: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        rows = csv.DictWriter(file, ["utt_id", "reason"])
+        rows.writeheader()
+        rows.writerows({"utt_id": f"u{n}", "reason": reason} for n, reason in enumerate(reasons))
+
+
+def test_exclusions_are_counted_in_copies_at_other_speeds_too(tmp_path: Path) -> None:
+    listed(tmp_path / "manifests" / "train.excluded.csv", "a/1.flac: no transcript; add one", "a/2.flac: no transcript; add one")
+    listed(tmp_path / "features" / "train" / "exclusions.csv", "a/3.flac: shorter than one window")
+    listed(tmp_path / "features" / "train-sp1.1" / "exclusions.csv", "a/3.flac: shorter than one window", "a/4.flac: shorter than one window")
+    listed(tmp_path / "targets" / "train" / "exclusions.csv", "no features", "12 frames, shorter than its 30 states")
+    listed(tmp_path / "targets" / "dev" / "exclusions.csv")
+    (tmp_path / "teachers").mkdir()
+    (tmp_path / "teachers" / "training.json").write_text(json.dumps({"diverged": {"3": 70}}))
+    settings = SimpleNamespace(output=tmp_path, speeds=[1.0, 1.1])
+    corpus = SimpleNamespace(splits={"train": [], "dev": []}, evaluation=["dev"])
+    assert results._exclusions(settings, corpus) == {
+        "train": {"not usable: no transcript": 2, "no features: shorter than one window": 1, "not aligned: … frames, shorter than its … states": 1},
+        "train-sp1.1": {"no features: shorter than one window": 2},
+        "teachers": {"member 4: loss not finite at step 70, trained no further": 1}}
+
+
+def test_calibration_of_the_baseline_is_the_mean_over_its_members() -> None:
+    """One member is too sure and one too doubtful in the same bin: pooled, they would look nearly perfect."""
+    correct = np.array([True] * 5 + [False] * 5)
+    members = [PosteriorQuality(calibration(np.full(10, 0.85), correct, 1), 3.0, 1.0), PosteriorQuality(calibration(np.full(10, 0.25), correct, 1), 5.0, 2.0)]
+    row = results._mean_calibration(members)
+    assert row["ece"] == pytest.approx((0.35 + 0.25) / 2)
+    assert (members[0] + members[1]).bins.expected_calibration_error == pytest.approx(0.05)
+    assert (row["nll"], row["brier"]) == pytest.approx((0.4, 0.15))
+    assert row["bins"] == [{"confidence": pytest.approx(0.55), "accuracy": 0.5, "frames": 20}]
