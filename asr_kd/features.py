@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ SHARD_UTTERANCES = 2000
 BATCH_UTTERANCES = 16
 # rows of the spectrum held at once: fits a core's cache, or is large enough to keep a GPU busy
 BLOCK_FRAMES = {"cpu": 512, "cuda": 65536}
+# frames of waveforms that are joined: the samples of a group stay in the cache, a GPU takes all that it is given
+GROUP_FRAMES = {"cpu": 1024, "cuda": 1 << 40}
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +83,12 @@ def fbank(waveforms: Sequence[NDArray[np.float32] | Tensor], options: FbankOptio
     frame_counts = [options.num_frames(len(waveform)) for waveform in waveforms]
     rows_each = [len(waveform) // options.shift + 1 for waveform in waveforms]  # at least one zero between two
     starts = np.concatenate([[0], np.cumsum(rows_each)]).astype(np.int64)
-    log_mel = _log_mel(_joined(waveforms, rows_each, options).to(device), int(starts[-1]), options)  # (rows, F)
+    log_mel = torch.empty(int(starts[-1]), options.num_mels, device=device)  # (rows, F)
+    first, most = 0, GROUP_FRAMES.get(device.type, GROUP_FRAMES["cpu"])
+    for last in range(1, len(waveforms) + 1):
+        if last == len(waveforms) or starts[last + 1] - starts[first] > most:
+            _log_mel(_joined(waveforms[first:last], rows_each[first:last], options).to(device), log_mel[starts[first]:starts[last]], options)
+            first = last
     return [log_mel[start:start + count] for start, count in zip(starts, frame_counts, strict=False)]
 
 
@@ -96,32 +103,42 @@ def _joined(waveforms: Sequence[NDArray[np.float32] | Tensor], rows_each: Sequen
     return torch.cat([*pieces, torch.zeros(options.window)])
 
 
-def _log_mel(samples: Tensor, rows: int, options: FbankOptions) -> Tensor:
-    """Frames start at every multiple of the shift, after one leading zero: (1 + N,) -> (rows, F)."""
-    window, mel = (table.to(samples.device) for table in _tables(options))  # (window,), (2 * bins, F)
+def _log_mel(samples: Tensor, log_mel: Tensor, options: FbankOptions) -> None:
+    """Fill `log_mel` (rows, F) from frames that start at every multiple of the shift, after one leading zero, of `samples` (1 + N,)."""
+    window, banks = _tables(options)
+    window, banks = window.to(samples.device), [bank.to(samples.device) for bank in banks]
+    rows, block = len(log_mel), BLOCK_FRAMES.get(samples.device.type, BLOCK_FRAMES["cpu"])
     emphasised = torch.sub(samples[1:], samples[:-1], alpha=options.preemphasis)
     frames, raw_frames = (signal.as_strided((rows, options.window), (options.shift, 1)) for signal in (emphasised, samples[1:]))  # overlapping views
-    log_mel = torch.empty(rows, options.num_mels, device=samples.device)
-    block = BLOCK_FRAMES.get(samples.device.type, BLOCK_FRAMES["cpu"])
     padded = torch.zeros(min(block, rows), options.fft_size, device=samples.device)
-    spectra = torch.empty(len(padded), options.fft_size // 2 + 1, dtype=torch.complex64, device=samples.device)  # one buffer: new pages cost more than the FFT
-    for start in range(0, rows, block):
-        end = min(start + block, rows)
-        part = padded[:end - start, :options.window]
-        offset = raw_frames[start:end].mean(dim=1, keepdim=True)  # (rows, 1)
+    for own_frames, own_raw_frames, energies in zip(*(torch.split(tensor, block) for tensor in (frames, raw_frames, log_mel)), strict=True):
+        if len(energies) < len(padded):
+            padded = padded[:len(energies)]
+        part = padded[:, :options.window]
         # Kaldi removes each frame's mean before it emphasises; how the first sample is emphasised does not matter, the window is 0 there
-        torch.sub(frames[start:end], offset, alpha=1.0 - options.preemphasis, out=part)
+        torch.sub(own_frames, own_raw_frames.sum(1, keepdim=True), alpha=(1.0 - options.preemphasis) / options.window, out=part)
         part *= window
-        spectrum = torch.fft.rfft(padded[:end - start], out=spectra[:end - start])
-        powers = torch.view_as_real(spectrum).square_().flatten(1)  # (rows, 2 * bins)
-        energies = torch.mm(powers, mel, out=log_mel[start:end])  # real² + imaginary² is summed by the product
+        powers = torch.view_as_real(torch.fft.rfft(padded)).square_().flatten(1)  # (rows, 2 * bins)
+        for bank in banks:  # real² + imaginary² is summed by the product
+            torch.mm(powers[:, bank.bins], bank.weights, out=energies[:, bank.filters])
         energies.clamp_(min=torch.finfo(torch.float32).eps).log_()
-    return log_mel
+
+
+@dataclass(frozen=True)
+class _Bank:
+    """Neighbouring mel filters and the spectrum that they look at: `weights` (bins, filters), each bin twice, real and imaginary."""
+
+    filters: slice
+    bins: slice
+    weights: Tensor
+
+    def to(self, device: torch.device) -> _Bank:
+        return replace(self, weights=self.weights.to(device))
 
 
 @lru_cache(maxsize=8)
-def _tables(options: FbankOptions) -> tuple[Tensor, Tensor]:
-    """Povey window (window,), and triangular mel filters, each spectrum bin twice (real, imaginary): (fft_size + 2, F)."""
+def _tables(options: FbankOptions) -> tuple[Tensor, list[_Bank]]:
+    """Povey window (window,), and triangular mel filters in two banks: the lower ones look at few bins, the upper ones not at those."""
     window = torch.hann_window(options.window, periodic=False).pow(0.85)
     high_freq_hz = options.high_freq_hz + (options.sample_rate / 2 if options.high_freq_hz <= 0 else 0.0)
     if not 0 <= options.low_freq_hz < high_freq_hz <= options.sample_rate / 2 or not 0 < options.shift <= options.window:
@@ -131,7 +148,20 @@ def _tables(options: FbankOptions) -> tuple[Tensor, Tensor]:
     bins = _mel(np.arange(options.fft_size // 2 + 1) * options.sample_rate / options.fft_size)[:, None]
     left, centre, right = edges[:-2], edges[1:-1], edges[2:]
     filters = np.maximum(0, np.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)))  # (bins, F)
-    return window, torch.from_numpy(filters.repeat(2, axis=0)).float()
+    weights = torch.from_numpy(filters.repeat(2, axis=0)).float()  # (2 * bins, F)
+    splits = [_banks(weights, size) for size in range(0, options.num_mels, 8)]  # products are fastest for multiples of the registers' size
+    return window, min(splits, key=lambda banks: sum(bank.weights.numel() for bank in banks))
+
+
+def _banks(weights: Tensor, size: int) -> list[_Bank]:
+    """The first `size` filters, if there are any, and the others; a filter without a bin is all zeros."""
+    banks = []
+    for filters in (slice(0, size), slice(size, weights.shape[1])):
+        used = (weights[:, filters] != 0).any(1).nonzero()[:, 0].tolist() or [0]
+        bins = slice(used[0], used[-1] + 1)
+        if filters.start < filters.stop:
+            banks.append(_Bank(filters, bins, weights[bins, filters].contiguous()))
+    return banks
 
 
 def _mel(frequency_hz: Any) -> Any:

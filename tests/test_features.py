@@ -40,6 +40,7 @@ def reference(waveform: np.ndarray, options: FbankOptions) -> torch.Tensor:
     FbankOptions(window_ms=32, shift_ms=8, preemphasis=0.9), FbankOptions(sample_rate=22050, shift_ms=12.5)])
 def test_fbank_is_torchaudios_kaldi_fbank(options: FbankOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(module.BLOCK_FRAMES, "cpu", 64)  # several blocks, utterances across their edges
+    monkeypatch.setitem(module.GROUP_FRAMES, "cpu", 200)  # several groups, one utterance larger than that
     waveforms = [speech_like(n, n) for n in (options.window, 16000, options.window + options.shift - 1, options.window + options.shift, 12345, 30000)]
     waveforms.append(np.zeros(4000, np.float32))
     waveforms.append(speech_like(8000) * np.float32(32768))  # Kaldi's own scale
