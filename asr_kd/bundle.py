@@ -109,6 +109,9 @@ def save_bundle(folder: Path | str, model: AcousticModel, hmm: HmmModel, lexicon
 def load_bundle(folder: Path | str, device: torch.device | str = "cpu") -> Bundle:
     """Read and check a bundle.
 
+    Args:
+        device: of the network; the search is on the CPU.
+
     Raises:
         AsrKdError: no bundle, one of another format, a file that is missing or was changed, or parts that do not belong together.
     """
@@ -134,7 +137,7 @@ def transcribe(bundle: Bundle, path: Path | str) -> tuple[str, ...]:
     memory does not depend on its length. A word at a cut between two segments may be lost; cuts lie at quiet places.
 
     Raises:
-        AsrKdError: the file is missing, unreadable, without samples, or shorter than a window of features.
+        AsrKdError: the file is missing, unreadable, without samples, shorter than a window of features, or holds NaN.
     """
     frame_sum, num_frames = np.zeros(bundle.inputs.fbank.num_mels), 0
     for frames in _features(bundle, path):

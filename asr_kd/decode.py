@@ -84,7 +84,8 @@ class Decoder:
         settings: see `DecodeSettings`.
 
     Raises:
-        AsrKdError: graph, word table and priors do not belong together, or the priors are not finite.
+        AsrKdError: graph, word table and priors do not belong together, the priors are not finite, or there is no room for the temporary
+            copy of the graph that a word insertion penalty needs.
     """
 
     def __init__(self, graph_folder: Path | str, log_priors: ArrayLike, settings: DecodeSettings | None = None) -> None:
@@ -138,7 +139,7 @@ def decode(
 ) -> dict[str, Hypothesis]:
     """Decode utterances as they come, in `num_jobs` processes; the result does not depend on how many.
 
-    At most three utterances per process are held at a time. Utterances whose search ended away from a final state keep their
+    The processes share one graph in memory, which they inherit. At most three utterances per process are held at a time. Utterances whose search ended away from a final state keep their
     best unfinished words; they are counted in the log.
 
     Args:
@@ -168,7 +169,11 @@ def decode(
 
 
 def decode_parallel(decoder: Decoder, utterances: Utterances, num_jobs: int) -> Iterator[Hypothesis]:
-    """Hypotheses in the order of `utterances`, of which at most three per process are held; needs a system that can fork."""
+    """Hypotheses in the order of `utterances`, of which at most three per process are held; needs a system that can fork.
+
+    Raises:
+        AsrKdError: as `Decoder.decode`, or a process died.
+    """
     fork = multiprocessing.get_context("fork")  # passes the graph by inheritance, without a copy
     with ProcessPoolExecutor(num_jobs, fork, _set_decoder, (decoder,)) as pool:
         window: deque[Future[Hypothesis]] = deque()

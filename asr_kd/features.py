@@ -77,6 +77,9 @@ def fbank(waveforms: Sequence[NDArray[np.float32] | Tensor], options: FbankOptio
     Equal to `torchaudio.compliance.kaldi.fbank` with dither 0 and Kaldi's povey window. Samples are taken in [-1, 1] as they are:
     Kaldi's own values, made from 16-bit integers, are larger by 2 ln 2^15, and the floor at float32's epsilon lies at
     the level of 16-bit rounding noise. T is 0 for a waveform shorter than a window.
+
+    Raises:
+        AsrKdError: options that make no filterbank.
     """
     options = options or FbankOptions()
     device = torch.device(device)
@@ -187,7 +190,8 @@ def extract_features(utterances: Sequence[Utterance], folder: Path | str, option
         num_jobs: threads that decode audio.
 
     Raises:
-        AsrKdError: duplicate ids, no usable utterance, NaN in the features (names the utterance), or the disk is full.
+        AsrKdError: unknown `cmvn`, options that make no filterbank, duplicate ids, no usable utterance, NaN in the features (names the
+            utterance), or the disk is full.
     """
     folder, options = Path(folder), options or FbankOptions()
     if cmvn not in CMVN:
@@ -324,14 +328,18 @@ class Windows:
         return self._windows.index_select(0, self._row_of_frame[frame_indices.to(self.device)]).float()
 
     def utterance(self, utt_id: str) -> Tensor:
-        """Windows around every frame of an utterance, (T, dim) float32."""
+        """Windows around every frame of an utterance, (T, dim) float32; errors as `span`."""
         start, end = self.span(utt_id)
         frame_dim = self._rows.shape[1]
         first = start + self._position[utt_id] * (self.left + self.right)
         return self._rows.as_strided((end - start, self.dim), (frame_dim, 1), first * frame_dim).float()
 
     def span(self, utt_id: str) -> tuple[int, int]:
-        """First frame index and one past the last of an utterance."""
+        """First frame index and one past the last of an utterance.
+
+        Raises:
+            AsrKdError: an utterance that these windows do not hold.
+        """
         if utt_id not in self._position:
             raise AsrKdError(f"{utt_id}: not among the {len(self.utt_ids)} utterances of these windows; check the split")
         u = self._position[utt_id]

@@ -190,7 +190,11 @@ class SoftTargetStore:
         self._records = torch.from_numpy(np.concatenate(pieces)).to(self._device)
 
     def of(self, frames: NumberedFrames) -> SoftTargetStore:
-        """The same targets in the numbering of other `frames`, some of the utterances, whose records are read into memory."""
+        """The same targets in the numbering of other `frames`, some of the utterances, whose records are read into memory.
+
+        Raises:
+            AsrKdError: an utterance that is not in the store, or of another length.
+        """
         part = copy.copy(self)
         part._number(frames, on_device=self.form != "dense")
         if part._on_device:
@@ -225,7 +229,10 @@ class SoftTargetStore:
 
 
 class OnTheFlyTargets:
-    """The same interface without a store: the teachers run on every batch. No disk, but K forward passes in every epoch."""
+    """The same interface without a store: the teachers run on every batch. No disk, but K forward passes in every epoch.
+
+    What the teachers give is not looked at here: NaN becomes a loss that is not finite, which training reports.
+    """
 
     def __init__(self, teachers: Teachers, frames: NumberedFrames, temperature: float, mean: Mean = "arithmetic") -> None:
         self.num_frames = int(frames.offsets[-1])

@@ -47,7 +47,11 @@ class Features:
         return [name for name, (split, _) in self.origin.items() if split not in corpus.evaluation]
 
     def windows(self, settings: Settings, utt_ids: Sequence[str]) -> Windows:
-        """Windows of utterances that may lie in several stores; those without features are listed beside the features and left out."""
+        """Windows of utterances that may lie in several stores; those without features are listed beside the features and left out.
+
+        Raises:
+            AsrKdError: none of them has features.
+        """
         wanted = set(utt_ids)
         stores = [store for store in self.stores.values() if not wanted.isdisjoint(store.utt_ids)]
         if not stores:
@@ -72,7 +76,11 @@ class Targets:
 
 
 def prepare_features(settings: Settings, corpus: Corpus) -> tuple[Features, Record]:
-    """Log-mel features of every split, in `features/{split}`; the training splits also at other speeds."""
+    """Log-mel features of every split, in `features/{split}`; the training splits also at other speeds.
+
+    Raises:
+        AsrKdError: as `asr_kd.features.extract_features`, or a folder in the way that no stage wrote.
+    """
     options = FbankOptions(num_mels=settings.num_mels)
     records, origin = {}, {}
     for name, (split, speed) in store_names(settings, corpus).items():
@@ -105,7 +113,11 @@ def targets_folder(settings: Settings, number: int) -> Path:
 
 
 def prepare_targets(settings: Settings, corpus: Corpus, text: Text, features: Features) -> tuple[Targets, Record]:
-    """Train the mixture aligner on the training speakers and align every split with it."""
+    """Train the mixture aligner on the training speakers and align every split with it.
+
+    Raises:
+        AsrKdError: nothing to train on, or fewer `num_states` than three per phone.
+    """
     gmm = GmmHmmSettings(num_states=settings.num_states, num_gaussians=settings.num_gaussians, mono_passes=settings.mono_passes, tri_passes=settings.tri_passes,
                          sat=settings.speaker_adaptation)
     splits = [split for split in corpus.splits if split not in corpus.evaluation]
@@ -134,7 +146,11 @@ def prepare_targets(settings: Settings, corpus: Corpus, text: Text, features: Fe
 
 def realign(settings: Settings, corpus: Corpus, text: Text, features: Features, targets: Targets, network: Ensemble, network_fingerprint: str,
             number: int) -> tuple[Targets, Record]:
-    """Align every split again by a network's posteriors over priors."""
+    """Align every split again by a network's posteriors over priors, as targets number `number` (see `targets_folder`).
+
+    Raises:
+        AsrKdError: a network of other states or features.
+    """
     hmm = targets.hmm
 
     def align_one(store: FrameStore, words: Words, _: Mapping[str, str], folder: Path) -> object:
@@ -173,9 +189,9 @@ def _align_all(stage: str, root: Path, corpus: Corpus, text: Text, features: Fea
 
 
 def stretch_targets(original: FrameStore, features: FrameStore, prefix: str, folder: Path) -> None:
-    """Write state ids for a copy of some utterances at another speed.
+    """Write state ids for a copy of some utterances at another speed, a store of () int32 like the original's, at `folder`.
 
-    The copy at speed r says at time t what the original says at r t. Frame n is centred on n shift + window / 2, so it has the
+    An utterance that the copy lacks is left out; the feature stage has listed it. The copy at speed r says at time t what the original says at r t. Frame n is centred on n shift + window / 2, so it has the
     state of the original's frame r (n + w) - w with w = window / (2 shift), rounded.
     """
     options, speed = features.attributes["options"], features.attributes["speed"]

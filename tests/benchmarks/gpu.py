@@ -5,7 +5,8 @@ stands beside the matrix products of the same step alone, measured in the same p
 `torch.cuda.set_sync_debug_mode("error")`: one that waits for the device fails. Before them a pass of EM and one of Viterbi over made-up speech.
 Without a GPU nothing is measured; `--device cpu --tiny`
 runs every path at a size that means nothing. `--recipe` runs the whole demo on the device beforehand, with 8 minutes of synthetic speech (it needs
-espeakng-loader): nothing is measured but that every stage works there.
+espeakng-loader): nothing is measured but that every stage works there. `--recipe HPARAMS --key value ...` runs that recipe instead, mini.yaml for
+example with its data, and tells its minutes, stage by stage.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from asr_kd.losses import _working_kernels
 from asr_kd.model import ModelShape
 from asr_kd.precision import precision_context
 from asr_kd.soft_targets import SoftTargetRecord, extract
+from asr_kd.stage import read_json
 from tests.benchmarks.measure import machine, made_up_frames, now, products_s, show, step_operations
 from tests.benchmarks.training import soft_target_store, trainer_step
 
@@ -138,15 +140,16 @@ def alignment(hours: float, gaussians_per_state: int, device: torch.device, fold
             **{f"{name}_hours_per_s": len(words) / 300 / seconds[name] for name in ("viterbi", "em")}} | peak_gb(device)
 
 
-def recipe(device: torch.device) -> dict[str, Any]:
-    """Minutes that the demo takes on the device at a small size."""
+def recipe(device: torch.device, hparams: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Minutes that a recipe takes on the device, whole and by stage; the demo ("") at a small size."""
     from asr_kd.experiment import DEMO_HPARAMS, run  # the decoder's libraries, which nothing else here needs
 
     start = time.monotonic()
+    small = ["--synthetic_minutes", "{train: 8, test: 2}", "--num_teachers", "3", "--num_states", "180"]
     with tempfile.TemporaryDirectory() as folder:
-        run(DEMO_HPARAMS, ["--output_folder", folder, "--device", str(device), "--synthetic_minutes", "{train: 8, test: 2}", "--num_teachers", "3",
-                           "--num_states", "180"])
-    return {"what": "the demo with 8 minutes of speech", "minutes": (time.monotonic() - start) / 60}
+        run(hparams or DEMO_HPARAMS, ["--output_folder", folder, "--device", str(device), *(overrides if hparams else small)])
+        stages = read_json(Path(folder) / "results.json")["stages"]
+    return {"what": hparams or "the demo with 8 minutes of speech", "minutes": (time.monotonic() - start) / 60, "stages_s": stages}
 
 
 def peak_gb(device: torch.device) -> dict[str, float]:
@@ -163,19 +166,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="run every path at a size that means nothing")
-    parser.add_argument("--recipe", action="store_true", help="run the demo on the device as well")
+    parser.add_argument("--recipe", nargs="?", const="", metavar="HPARAMS", help="run a recipe on the device as well, a small demo by default")
     parser.add_argument("--members", type=int, default=10)
     parser.add_argument("--batch", type=int, default=2048)
     parser.add_argument("--duration_s", type=float, default=15.0, help="of each measurement")
-    options = parser.parse_args(arguments)
+    options, overrides = parser.parse_known_args(arguments)
+    if overrides and not options.recipe:
+        parser.error(f"unknown argument {overrides[0]!r}; settings belong to --recipe HPARAMS")
     if options.device == "cuda" and not torch.cuda.is_available():
         show({"gpu": "not measured: torch finds no CUDA device"})
         return
     device, start = torch.device(options.device), time.monotonic()
     batch, frames, duration_s = (64, 2400, 0.01) if options.tiny else (options.batch, 240_000, options.duration_s)
     show(machine(device))
-    if options.recipe:
-        show(recipe(device))
+    if options.recipe is not None:
+        show(recipe(device, options.recipe, overrides))
     with tempfile.TemporaryDirectory() as folder:
         show(alignment(*((0.005, 2) if options.tiny else (4.0, 64)), device, Path(folder)))
     for size in ("tiny",) if options.tiny else ("paper", "mini"):
