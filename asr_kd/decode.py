@@ -139,8 +139,8 @@ def decode(
 ) -> dict[str, Hypothesis]:
     """Decode utterances as they come, in `num_jobs` processes; the result does not depend on how many.
 
-    The processes share one graph in memory, which they inherit. At most three utterances per process are held at a time. Utterances whose search ended away from a final state keep their
-    best unfinished words; they are counted in the log.
+    The processes share one graph in memory, which they inherit. At most three utterances per process are held at a time. Utterances whose
+    search ended away from a final state keep their best unfinished words; they are counted in the log.
 
     Args:
         utterances: utt_id and (T, S) natural log posteriors; may be a generator.

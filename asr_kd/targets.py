@@ -191,8 +191,9 @@ def _align_all(stage: str, root: Path, corpus: Corpus, text: Text, features: Fea
 def stretch_targets(original: FrameStore, features: FrameStore, prefix: str, folder: Path) -> None:
     """Write state ids for a copy of some utterances at another speed, a store of () int32 like the original's, at `folder`.
 
-    An utterance that the copy lacks is left out; the feature stage has listed it. The copy at speed r says at time t what the original says at r t. Frame n is centred on n shift + window / 2, so it has the
-    state of the original's frame r (n + w) - w with w = window / (2 shift), rounded.
+    An utterance that the copy lacks is left out; the feature stage has listed it. The copy at speed r says at time t what the original
+    says at r t. Frame n is centred on n shift + window / 2, so it has the state of the original's frame r (n + w) - w with
+    w = window / (2 shift), rounded.
     """
     options, speed = features.attributes["options"], features.attributes["speed"]
     assert isinstance(options, dict)
