@@ -55,6 +55,12 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytes
     assert error.count("\n") == 1
 
 
+def test_one_gpu_by_number_for_several_processes_is_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert exit_code(["demo", "--output_folder", str(tmp_path), "--device", "cuda:0"]) == 2
+    assert capsys.readouterr().err == "asr-kd: device: cuda:0 for 2 processes, expected a GPU for each; give --device cuda\n"
+
+
 @pytest.mark.parametrize("content", ["[]", "3", '"text"', '{"splits": []}', '{"splits": {"a": []}}', '{"splits": {"a": {"baseline": {"wer": "high"}}}}',
                                      '{"splits": {"a": {"baseline": {"wer": 0.2, "wer_ci95": []}}}}', '{"stages": {"a": null}}', '{"curves": {"teachers": 3}}'])
 def test_report_of_another_file(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

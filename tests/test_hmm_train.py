@@ -2,6 +2,8 @@
 
 import itertools
 import shutil
+import threading
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from pretend_gpu import pretend_gpu
 
 from asr_kd.errors import AsrKdError
 from asr_kd.frames import FrameStore, FrameWriter
-from asr_kd.hmm import checkpoint, train
+from asr_kd.hmm import checkpoint, corpus, train
 from asr_kd.hmm.align import ADAPTATIONS, Aligner, Segments, align, align_with_network, learn_transitions, segment_rows, state_priors, usable_utterances
 from asr_kd.hmm.corpus import FixedPhones, Graphs, chunks, viterbi_batches
 from asr_kd.hmm.features import joined
@@ -460,6 +462,19 @@ def test_quiet_edges_of_a_hand_made_utterance() -> None:
     assert abs(lead - (20 - train.QUIET_MARGIN)) <= 2
     assert abs(tail - (30 - train.QUIET_MARGIN)) <= 2
     assert quiet_edges(torch.zeros(30, 13)) == (0, 0)
+
+
+def test_few_threads_feed_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(corpus, "num_threads", lambda: 8)
+
+    def work(number: int) -> tuple[int, int]:
+        time.sleep(0.005)
+        return number, threading.get_ident()
+
+    for device, threads in (("cpu", 8), ("meta", corpus.GPU_THREADS)):
+        numbers, idents = zip(*corpus.map_threads(work, range(60), torch.device(device)), strict=True)
+        assert numbers == tuple(range(60))
+        assert len(set(idents)) == threads
 
 
 def test_batches_and_chunks_hold_every_utterance_once(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
