@@ -100,13 +100,14 @@ def plain_training(seed: int, data: FrameData, steps: int, soft: Smoothed | None
 
 @pytest.mark.parametrize("soft", [False, True])
 def test_stacked_training_equals_separate_trainings(data: FrameData, heldout: FrameData, tmp_path: Path, soft: bool) -> None:
-    networks, soft_targets = Ensemble(replace(SHAPE, dropout=0.0), [1, 2, 3]), Smoothed(data) if soft else None
+    seeds, soft_targets = list(range(1, 11)), Smoothed(data) if soft else None
+    networks = Ensemble(replace(SHAPE, dropout=0.0), seeds)
     trainer = training._Trainer(networks, data, heldout, tmp_path, replace(SETTINGS, max_grad_norm=0.5), 7, soft_targets)
     for epochs, batch in numbered_batches(data, 50):
         trainer.epochs = epochs
         trainer._step(batch)
         trainer.step += 1
-    for k, seed in enumerate([1, 2, 3]):
+    for k, seed in enumerate(seeds):
         single = plain_training(seed, data, 50, soft_targets)
         for i, layer in enumerate(single.affine):
             torch.testing.assert_close(networks.weights[i][k].t(), layer.weight, rtol=0, atol=1e-4)
