@@ -226,7 +226,7 @@ def test_kill_in_every_stage_loses_nothing(finished: Path, tmp_path: Path) -> No
         if process.wait() >= 0:
             break
     assert process.returncode == 0, log.read_text()[-3000:]
-    long = {"corpus", "features/train", "hmm", "targets_0/train", "targets/train", "aligner_1", "teachers", "soft_targets", "student", "control", "tuning",
+    long = {"corpus", "hmm", "targets_0/train", "targets/train", "aligner_1", "teachers", "soft_targets", "student", "control", "tuning",
             "decode/ensemble", "student/bundle"}
     assert long <= killed, sorted(middle.keys() - killed)
     assert len(killed) >= 20, sorted(middle.keys() - killed)
