@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 
+PATIENCE = 2
+"""Evaluations without growth before a rate is halved: on a few minutes of held-out speech a single one falls by chance, again and again."""
+
+
 @dataclass(frozen=True)
 class ScheduleSettings:
     """Learning rate = base x warm-up x decay x halvings.
@@ -17,7 +21,8 @@ class ScheduleSettings:
         max_epochs: training ends here at the latest.
         warmup_epochs: rises linearly from 0 over this many epochs.
         decay_share: falls linearly to 0 over this last share of `max_epochs` (1: from the start; 0: never).
-        halve_below: halve a member's rate when its held-out accuracy (a fraction) grew by less than this since its best; -1 never does.
+        halve_below: halve a member's rate when at `PATIENCE` evaluations in a row its held-out accuracy (a fraction) had grown by less than
+            this since its best; -1 never does.
         max_halvings: a member stops after more halvings than this.
     """
 
@@ -36,6 +41,7 @@ class Schedule:
         best: best held-out accuracy of each member so far.
         halvings: how often each member's rate was halved.
         stopped: members that train no further.
+        waited: evaluations without growth since each member's best or last halving.
     """
 
     def __init__(self, settings: ScheduleSettings, num_members: int) -> None:
@@ -43,6 +49,7 @@ class Schedule:
         self.best = [-1.0] * num_members
         self.halvings = [0] * num_members
         self.stopped = [False] * num_members
+        self.waited = [0] * num_members
 
     def learning_rate(self, member: int, epochs: float) -> float:
         """Rate of a member after `epochs` epochs (a part of one counts)."""
@@ -57,8 +64,11 @@ class Schedule:
         improved = []
         for member, accuracy in enumerate(accuracies):
             better = not self.stopped[member] and accuracy > self.best[member]
-            if not self.stopped[member] and not accuracy >= self.best[member] + self.settings.halve_below:
+            has_grown = accuracy >= self.best[member] + self.settings.halve_below
+            self.waited[member] = 0 if has_grown else self.waited[member] + 1
+            if not self.stopped[member] and self.waited[member] == PATIENCE:
                 self.halvings[member] += 1
+                self.waited[member] = 0
                 self.stopped[member] = self.halvings[member] > self.settings.max_halvings
             if better:
                 self.best[member] = accuracy
@@ -71,11 +81,11 @@ class Schedule:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds."""
-        return {"best": list(self.best), "halvings": list(self.halvings), "stopped": list(self.stopped)}
+        return {"best": list(self.best), "halvings": list(self.halvings), "stopped": list(self.stopped), "waited": list(self.waited)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint."""
-        self.best, self.halvings, self.stopped = list(state["best"]), list(state["halvings"]), list(state["stopped"])
+        self.best, self.halvings, self.stopped, self.waited = (list(state[name]) for name in ("best", "halvings", "stopped", "waited"))
 
 
 def finite_or_none(values: Sequence[float]) -> list[float | None]:
