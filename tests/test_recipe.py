@@ -269,7 +269,7 @@ def test_targets_alone_are_those_of_the_recipe(finished: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert records(finished) == before
     store = FrameStore(finished / "targets_0" / "dev")
-    assert f"{finished}/targets_0/dev: {len(store)} utterances, {len(store.frames)} frames, 150 states\n" in done.stdout
+    assert f"{finished}/targets_0/dev: {len(store)} utterances, {len(store.frames)} frames, {store.attributes['num_states']} states\n" in done.stdout
 
 
 def test_the_readmes_command_for_ones_own_speech(finished: Path, tmp_path: Path) -> None:
