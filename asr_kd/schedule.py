@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-
 PATIENCE = 2
 """Evaluations without growth before a rate is halved: on a few minutes of held-out speech a single one falls by chance, again and again."""
 
