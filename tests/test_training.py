@@ -107,6 +107,7 @@ def test_stacked_training_equals_separate_trainings(data: FrameData, heldout: Fr
         trainer.epochs = epochs
         trainer._step(batch)
         trainer.step += 1
+    assert all(view.grad is None for views in trainer.members for view in views)  # or the gradients would stay in memory
     for k, seed in enumerate(seeds):
         single = plain_training(seed, data, 50, soft_targets)
         for i, layer in enumerate(single.affine):
