@@ -176,6 +176,13 @@ def test_soft_targets_of_streamed_frames_are_those_of_frames_in_memory(data: Fra
     assert len(rows_asked_for) == (8 if form == "compact" else 0)  # passes over the sample: it alone is read window by window
 
 
+def test_pages_of_all_stores_are_let_go_after_each_run(data: FrameData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, released = streamed(tmp_path), []
+    monkeypatch.setattr(FrameStore, "release", lambda store: released.append(store.folder.name))
+    source.run(0, int(source.offsets[2]))
+    assert sorted(released) == ["features", "targets"]
+
+
 def test_parts_that_are_over_are_not_kept(data: FrameData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heldout, source = make_data(tmp_path / "heldout", 2, ("x", "y", "z")), streamed(tmp_path)
     parts: list[weakref.ref[FrameData]] = []

@@ -352,6 +352,8 @@ def test_halvings_follow_the_rule(accuracies: list[float], halve_below: float) -
     schedule = Schedule(ScheduleSettings(learning_rate=1.0, decay_share=0.0, warmup_epochs=0.0, halve_below=halve_below, max_halvings=3), 2)
     best, halvings, stopped, waited = -1.0, 0, False, 0
     for accuracy in accuracies:
+        cut, schedule = schedule, Schedule(schedule.settings, 2)
+        schedule.load_state_dict(cut.state_dict())
         improved = schedule.observe([accuracy, 0.5])
         if not stopped:
             assert improved[0] == (accuracy > best)
