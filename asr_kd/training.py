@@ -39,7 +39,7 @@ from asr_kd.stage import atomic_path, fingerprint, write_text
 CHECKPOINT = "checkpoint.pt"
 CURVES = "curves.jsonl"
 _CHECK_STEPS = 100  # steps between looks at the losses: a look makes a GPU wait
-_FORMAT = 3  # of checkpoints
+_FORMAT = 4  # of checkpoints
 _NEVER = 2**62
 _PROGRESS = ("epoch", "batch", "step", "epochs", "precision", "best", "curves", "diverged")  # what a checkpoint holds of a trainer as it is
 
@@ -318,7 +318,7 @@ class _Trainer:
         state = _read_checkpoint(path, self.device)
         wait_for_all()  # the first process removes the checkpoint when training is over
         if state.get("fingerprint") != self._fingerprint():
-            raise AsrKdError(f"{path}: a checkpoint of other settings or data than this run's; remove {self.folder} to train anew")
+            raise AsrKdError(f"{path}: a checkpoint of other settings, data or version than this run's; remove {self.folder} to train anew")
         with torch.no_grad():
             torch._foreach_copy_(self.parameters, state["parameters"])
         for name in _PROGRESS:
