@@ -35,6 +35,11 @@ class FrameResult:
     def __post_init__(self) -> None:
         self.phone_confusions: NDArray[np.int64] = np.zeros((self.num_phones, self.num_phones), np.int64)
 
+    @property
+    def accuracy(self) -> float:
+        """Fraction of right frames over all utterances; `AsrKdError` where there are none."""
+        return sum(self.counts.values(), FrameCounts()).accuracy
+
     def add(self, utt_id: str, reference: NDArray[np.int64], log_posteriors: Tensor, phone_of_state: NDArray[np.int64]) -> None:
         """Count one utterance: (T,) reference states against (T, S) log posteriors."""
         predicted = log_posteriors.argmax(-1).cpu().numpy()

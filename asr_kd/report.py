@@ -175,7 +175,7 @@ def _split_section(split: str, rows: Mapping[str, Any], networks: Mapping[str, M
 
 def _difference(student: Mapping[str, Any], control: Mapping[str, Any]) -> str:
     """In what the student and its control differ besides the targets."""
-    differing = [f"{key.replace('_', ' ')} {student.get(key)} and {control.get(key)}" for key in student if student.get(key) != control.get(key)]
+    differing = [f"{key.replace('_', ' ')} ({student[key]} the student, {control.get(key)} the control)" for key in student if student[key] != control.get(key)]
     also = f" They also differ in {', '.join(differing)}." if differing else ""
     return f"Control: the network that learns as long as the student, from hard targets alone.{also}"
 

@@ -32,7 +32,6 @@ from asr_kd.hmm.model import SIL, HmmModel
 from asr_kd.recognition import Decoded, Recogniser
 from asr_kd.report import write_report
 from asr_kd.score import (
-    FrameCounts,
     WordErrors,
     gain_kept,
     per_speaker,
@@ -128,14 +127,14 @@ def score_system(network: Ensemble, split: str, windows: Windows, corpus: Corpus
     """Frame accuracy and word errors of one network on one split."""
     references = _references(windows, corpus)
     _, frames = evaluate_frames(network, windows, targets.stores[split], phone_of_state(targets.hmm))
-    return {"frame_accuracy": sum(frames.counts.values(), FrameCounts()).accuracy, **_rate(sum(score_split(references, hypotheses).values(), WordErrors()))}
+    return {"frame_accuracy": frames.accuracy, **_rate(sum(score_split(references, hypotheses).values(), WordErrors()))}
 
 
 def _baseline(members: Sequence[FrameResult], words: Sequence[Mapping[str, WordErrors]], pooled: Mapping[str, WordErrors], speakers: Mapping[str, str],
               seed: int) -> dict[str, Any]:
     """The mean over the members, each scored alone; all have the same frames and words, so pooled counts give the mean rate."""
     row = system_row(pool([result.counts for result in members]), pooled, speakers=speakers, seed=seed)
-    accuracies = [sum(result.counts.values(), FrameCounts()).accuracy for result in members]
+    accuracies = [result.accuracy for result in members]
     wers = [sum(own.values(), WordErrors()).wer for own in words]
     row["frame_accuracy_std"] = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
     row["wer_std"] = statistics.stdev(wers) if len(wers) > 1 else 0.0

@@ -129,7 +129,7 @@ def test_how_student_and_control_differ_is_said(results, tmp_path):
     assert "from hard targets alone.</p>" in page
     assert "one training each" in page
     results["networks"]["control"] = shape | {"dropout": 0.1}
-    assert "from hard targets alone. They also differ in dropout 0.0 and 0.1." in write_report(tmp_path, results).read_text()
+    assert "from hard targets alone. They also differ in dropout (0.0 the student, 0.1 the control)." in write_report(tmp_path, results).read_text()
 
 
 def test_what_was_resampled_is_said(results, tmp_path):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import shutil
-import tracemalloc
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from asr_kd import resumable_frames, soft_targets
 from asr_kd.errors import AsrKdError
-from asr_kd.frames import FrameStore
 from asr_kd.losses import SparseTargets, distillation_loss
 from asr_kd.resumable_frames import ResumableFrameWriter
 from asr_kd.soft_targets import OnTheFlyTargets, SoftTargetRecord, SoftTargetStore, extract
@@ -299,11 +297,6 @@ def test_teachers_of_other_states_and_nan_are_refused(tmp_path: Path) -> None:
         extract(Teachers(), broken, tmp_path, RECORD, seed=0, device=CPU, form="sparse")
 
 
-def test_duplicate_utterance_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(AsrKdError, match=r"^b: listed twice"):
-        ResumableFrameWriter(tmp_path, ["a", "b", "b"], np.array([0, 1, 2, 3]), 4, "<i2", {})
-
-
 # --- cut off, continued
 
 
@@ -378,44 +371,3 @@ def test_disk_that_fills_up_while_writing_is_said_and_nothing_is_lost(tmp_path: 
     teachers = DyingTeachers(calls=10)  # for the two chunks that were not written
     extract(teachers, FRAMES, tmp_path / "full", RECORD, seed=0, device=CPU, form="sparse")
     assert (tmp_path / "full" / "frames.npy").read_bytes() == (tmp_path / "whole" / "frames.npy").read_bytes()
-
-
-def test_chunks_that_are_not_yet_noted_are_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk is waited for every few seconds, not for every chunk."""
-    clock = [0.0]
-    monkeypatch.setattr(resumable_frames.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(resumable_frames, "CHUNK_FRAMES", 2)
-    data = np.arange(16, dtype="<i2").reshape(16, 1)
-
-    def writer() -> ResumableFrameWriter:
-        return ResumableFrameWriter(tmp_path, list("abcdefgh"), np.arange(0, 17, 2), 1, "<i2", {})
-
-    first = writer()
-    for (start, end), seconds in zip(first.chunks_left()[:6], (1.0, 4.0, 11.0, 12.0, 13.0, 14.0), strict=True):
-        clock[0] = seconds
-        first.append(data[start:end])
-    again = writer()  # as after a kill
-    assert again.frames_done == 6
-    for start, end in again.chunks_left():
-        again.append(data[start:end])
-    assert writer().chunks_left() == []
-    again.finish()
-    np.testing.assert_array_equal(FrameStore(tmp_path).frames, data)
-
-
-def test_writing_takes_the_memory_of_one_chunk(tmp_path: Path) -> None:
-    """2 chunks or 30 chunks of 2.5 MB, the same peak."""
-
-    def peak_bytes(num_chunks: int) -> int:
-        offsets = np.arange(0, 20_000 * num_chunks + 1, 20_000)
-        tracemalloc.start()
-        writer = ResumableFrameWriter(tmp_path / str(num_chunks), [str(u) for u in range(num_chunks)], offsets, 64, "<i2", {})
-        for start, end in writer.chunks_left():
-            writer.append(np.zeros((end - start, 64), "<i2"))
-        writer.finish()
-        FrameStore(tmp_path / str(num_chunks))
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return peak
-
-    assert 2_500_000 < peak_bytes(30) < 1.1 * peak_bytes(2)
