@@ -128,16 +128,6 @@ def from_all_processes(value: T) -> list[T]:
     return gathered
 
 
-def at_first_process(value: T) -> list[T]:
-    """What each process gave, at the process of rank 0; nothing at the others."""
-    if not _together():
-        return [value]
-    gathered: list[Any] | None = [None] * world_size() if rank() == 0 else None
-    with _others_alive():
-        dist.gather_object(value, gathered, dst=0)
-    return gathered or []
-
-
 def wait_for_all() -> None:
     """Return once all processes have come here."""
     from_all_processes(None)

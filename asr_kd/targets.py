@@ -16,7 +16,8 @@ from asr_kd.errors import AsrKdError
 from asr_kd.evaluation import log_posteriors
 from asr_kd.features import FbankOptions, Windows, extract_features
 from asr_kd.frames import FrameStore, FrameWriter
-from asr_kd.hmm.align import Aligner, align, align_with_network, state_priors
+from asr_kd.hmm.align import align, align_with_network, state_priors
+from asr_kd.hmm.aligner import Aligner
 from asr_kd.hmm.model import HmmModel
 from asr_kd.hmm.train import GmmHmmSettings, train_gmm_hmm
 from asr_kd.manifest import Utterance
@@ -137,7 +138,7 @@ def prepare_targets(settings: Settings, corpus: Corpus, text: Text, features: Fe
     aligner = Aligner.load(settings.output / "hmm" / "aligner")
 
     def align_one(store: FrameStore, words: Words, speakers: Mapping[str, str], folder: Path) -> object:
-        return align(aligner, store, words, speakers, text.lexicon, folder, device=settings.device)
+        return align(aligner, store, words, speakers, text.lexicon, folder, device=settings.device, resume=True)
 
     root = targets_folder(settings, 0)
     records = _align_all("align", root, corpus, text, features, {"hmm": trained.fingerprint}, align_one)
@@ -159,7 +160,7 @@ def realign(settings: Settings, corpus: Corpus, text: Text, features: Features, 
         def log_likelihoods(utt_id: str) -> NDArray[np.float32]:
             return next(log_posteriors(network, windows, [utt_id]))[1] - hmm.log_priors
 
-        return align_with_network(hmm, log_likelihoods, store, words, text.lexicon, folder, device=settings.device)
+        return align_with_network(hmm, log_likelihoods, store, words, text.lexicon, folder, device=settings.device, resume=True)
 
     root = targets_folder(settings, number)
     records = _align_all("realign", root, corpus, text, features, {"network": network_fingerprint}, align_one)

@@ -15,10 +15,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # for the processes that are started: they import this module by its name
 
-from test_hmm_train import LEXICON, SETTINGS, speak
+from spectral_speech import LEXICON, SETTINGS, speak
 
 from asr_kd.frames import FrameStore
-from asr_kd.hmm.align import Aligner, align
+from asr_kd.hmm.align import align
+from asr_kd.hmm.aligner import Aligner
 from asr_kd.hmm.checkpoint import load_state
 from asr_kd.hmm.train import train_gmm_hmm
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from asr_kd.hmm.align import GmmHmm, learn_transitions, move_boundaries
+from asr_kd.hmm.aligner import GmmHmm, learn_transitions, move_boundaries
 from asr_kd.hmm.corpus import Aligned, Graphs
 from asr_kd.hmm.em import expect, maximise
 from asr_kd.hmm.frontend import NUM_CEPSTRA, SPLICE, Frontend

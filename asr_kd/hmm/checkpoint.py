@@ -16,7 +16,7 @@ from torch import Tensor
 from asr_kd.distributed import from_all_processes, rank, wait_for_all, world_size
 from asr_kd.errors import AsrKdError
 from asr_kd.frames import FrameStore, FrameWriter
-from asr_kd.hmm.align import GmmHmm
+from asr_kd.hmm.aligner import GmmHmm
 from asr_kd.hmm.corpus import Aligned
 from asr_kd.hmm.model import read_tensors, write_tensors
 from asr_kd.stage import read_json, write_json

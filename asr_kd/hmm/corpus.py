@@ -22,6 +22,7 @@ from asr_kd.hmm.gmm import GaussianMixtures, log_likelihoods
 from asr_kd.hmm.model import STATES_PER_PHONE, HmmModel
 from asr_kd.hmm.topology import AlignmentGraph, Pronunciations, build_alignment_graph, path_graph
 from asr_kd.hmm.viterbi import Path, viterbi
+from asr_kd.manifest import Exclusion
 from asr_kd.progress import progress
 
 Item = TypeVar("Item")
@@ -127,6 +128,13 @@ class Graphs:
         return graph
 
 
+def usable_utterances(graphs: Graphs, features: Features) -> tuple[list[str], list[Exclusion]]:
+    """Utterances with a transcript that can be aligned, in the order of the transcripts, and the others with the reason."""
+    problems = {utt_id: graphs.problem(utt_id, features) for utt_id in graphs.transcripts}
+    usable = [utt_id for utt_id, problem in problems.items() if problem is None]
+    return usable, [Exclusion(utt_id, problem) for utt_id, problem in problems.items() if problem is not None]
+
+
 def num_graph_states(words: Sequence[Pronunciations]) -> int:
     """Number of states that `build_alignment_graph` makes of a transcript: a silence before each word and at the end, and each phone in every context
     that it can have."""
@@ -157,6 +165,23 @@ def own_utterances(utt_ids: Sequence[str], speakers: Mapping[str, str], features
         owner[speaker] = loads.index(min(loads))
         loads[owner[speaker]] += frames[speaker]
     return [utt_id for utt_id in utt_ids if owner[speakers.get(utt_id, "")] == rank()]
+
+
+def speaker_chunks(utt_ids: Iterable[str], speakers: Mapping[str, str], features: Features, max_frames: int) -> list[list[str]]:
+    """Runs of whole speakers of at most `max_frames` frames (or one speaker)."""
+    of_speaker: dict[str, list[str]] = {}
+    for utt_id in utt_ids:
+        of_speaker.setdefault(speakers.get(utt_id, ""), []).append(utt_id)
+    result: list[list[str]] = []
+    frames = 0
+    for own in of_speaker.values():
+        length = sum(map(features.length, own))
+        if not result or frames + length > max_frames:
+            result.append([])
+            frames = 0
+        result[-1] += own
+        frames += length
+    return result
 
 
 def map_threads(function: Callable[[Item], Result], items: Iterable[Item], device: torch.device) -> Iterator[Result]:

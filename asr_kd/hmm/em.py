@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from asr_kd.distributed import from_first_process
-from asr_kd.hmm.align import GmmHmm
+from asr_kd.hmm.aligner import GmmHmm
 from asr_kd.hmm.corpus import map_chunks
 from asr_kd.hmm.frontend import Frontend
 from asr_kd.hmm.gmm import GaussianMixtures, Statistics, accumulate, estimate, grow

@@ -17,10 +17,10 @@ from torch import Tensor
 from asr_kd.distributed import add_over_processes, by_first_process, from_all_processes, from_first_process, total_over_processes
 from asr_kd.errors import AsrKdError
 from asr_kd.frames import FrameStore
-from asr_kd.hmm.align import Aligner, GmmHmm, align_with, learn_transitions, speaker_transforms, usable_utterances
+from asr_kd.hmm.aligner import Aligner, GmmHmm, align_with, learn_transitions, speaker_transforms
 from asr_kd.hmm.boundaries import train_boundaries
 from asr_kd.hmm.checkpoint import TrainState, alignment_name, load_state, save_state
-from asr_kd.hmm.corpus import Aligned, Graphs, Pronouncer, map_chunks, own_utterances
+from asr_kd.hmm.corpus import Aligned, Graphs, Pronouncer, map_chunks, own_utterances, usable_utterances
 from asr_kd.hmm.em import VARIANCE_FLOOR, accumulate_over, expect, frames_of, maximise, states_of
 from asr_kd.hmm.features import joined
 from asr_kd.hmm.frontend import CPU, NUM_CEPSTRA, SPLICE, Frontend

@@ -25,7 +25,7 @@ import torch
 from asr_kd.ensemble import Ensemble
 from asr_kd.frame_data import FrameData
 from asr_kd.frames import FrameStore, FrameWriter
-from asr_kd.hmm.align import GmmHmm, align_with
+from asr_kd.hmm.aligner import GmmHmm, align_with
 from asr_kd.hmm.corpus import Graphs
 from asr_kd.hmm.em import expect
 from asr_kd.hmm.features import joined
