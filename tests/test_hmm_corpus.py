@@ -3,6 +3,7 @@
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from spectral_speech import LEXICON, Spoken
 
 from asr_kd.hmm import corpus
 from asr_kd.hmm.aligner import Aligner
-from asr_kd.hmm.corpus import FixedPhones, Graphs, chunks, usable_utterances, viterbi_batches
+from asr_kd.hmm.corpus import FixedPhones, Graphs, chunks, speaker_chunks, usable_utterances, viterbi_batches
 from asr_kd.hmm.features import joined
 from asr_kd.hmm.frontend import Frontend
 from asr_kd.hmm.topology import AlignmentGraph
@@ -73,3 +74,13 @@ def test_batches_and_chunks_hold_every_utterance_once(spoken: Spoken, monkeypatc
     parts = list(chunks(words, features, 400))
     assert [utt_id for part in parts for utt_id in part] == list(words)
     assert all(len(part) == 1 or sum(map(features.length, part)) <= 400 for part in parts)
+
+
+def test_chunks_of_whole_speakers() -> None:
+    lengths = {"a1": 5, "b1": 3, "a2": 4, "c1": 2}
+    features = SimpleNamespace(length=lengths.__getitem__)
+    speakers = {utt_id: utt_id[0] for utt_id in lengths}
+    for most, expected in ((14, [["a1", "a2", "b1", "c1"]]), (13, [["a1", "a2", "b1"], ["c1"]]), (5, [["a1", "a2"], ["b1", "c1"]]),
+                           (1, [["a1", "a2"], ["b1"], ["c1"]])):
+        assert speaker_chunks(lengths, speakers, features, most) == expected  # type: ignore[arg-type]
+    assert speaker_chunks([], speakers, features, 10) == []  # type: ignore[arg-type]
