@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import asr_kd
 from asr_kd import __version__
 from asr_kd.errors import AsrKdError
 from asr_kd.runtime import prepare_process
@@ -74,7 +75,7 @@ def _in_process_group(command: Callable[[Sequence[str]], None], words: Sequence[
 
 
 def main_train(words: Sequence[str]) -> None:
-    """`recipes/*/train.py HPARAMS [--sweep] [--key value ...]`: the same as `asr-kd train HPARAMS ...` or `asr-kd sweep HPARAMS ...`."""
+    """`recipes/LibriSpeech/train.py HPARAMS [--sweep] [--key value ...]`: the same as `asr-kd train HPARAMS ...` or `asr-kd sweep HPARAMS ...`."""
     _run(["sweep" if "--sweep" in words else "train", *(word for word in words if word != "--sweep")])
 
 
@@ -94,7 +95,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="asr-kd", description=__import__("asr_kd").__doc__, epilog="--debug shows the traceback of an error.")
+    parser = _Parser(prog="asr-kd", description=asr_kd.__doc__, epilog="--debug shows the traceback of an error.")
     parser.add_argument("--version", action="version", version=f"asr-kd {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

@@ -81,7 +81,7 @@ def prepare_corpus(settings: Settings, data_folder: Path) -> tuple[Corpus, Recor
         for split, name in names.items():
             utterances, exclusions = load_split(split, data_folder)
             write_manifest(folder / f"{name}.csv", utterances)
-            write_exclusions(folder / f"{name}.excluded.csv", exclusions)
+            write_exclusions(folder / f"{name}.exclusions.csv", exclusions)
 
     folder = settings.output / "manifests"
     inputs = {name: _speech_fingerprint(split, data_folder) for split, name in names.items()}

@@ -19,7 +19,6 @@ from typing import IO, TYPE_CHECKING, Any
 
 from asr_kd.errors import AsrKdError
 from asr_kd.progress import progress
-from asr_kd.stage import write_text
 
 if TYPE_CHECKING:
     from asr_kd.settings import Settings
@@ -69,15 +68,24 @@ class _ChecksumError(AsrKdError):
 
 
 def fetch_librispeech(settings: Settings) -> None:
-    """Download what a recipe's settings name and is not there yet: splits into the data folder, lexicon and language model to their paths."""
+    """Download what a recipe's settings name and is not there yet: lexicon and language model to their paths, splits into the data folder.
+
+    Raises:
+        AsrKdError: a name that is not to be downloaded, before anything is; else as `fetch_corpus`.
+    """
     assert settings.data_folder is not None
     folder = Path(settings.data_folder)
-    for split in dict.fromkeys([*settings.train_splits, *settings.dev_splits, *settings.test_splits]):
-        if not str(split).endswith(".csv") and not (folder / split).is_dir():  # fetch_corpus knows of LibriSpeech/split
-            fetch_corpus(str(split), folder)
-    for path in [*settings.lexicon, *([settings.lm] if settings.lm else [])]:
-        if not Path(path).exists():
-            fetch_resource(Path(path).name, Path(path).parent)
+    paths = [Path(path) for path in [*settings.lexicon, *([settings.lm] if settings.lm else [])] if not Path(path).exists()]
+    splits = [split for split in dict.fromkeys([*settings.train_splits, *settings.dev_splits, *settings.test_splits])
+              if not split.endswith(".csv") and not (folder / split).is_dir()]  # fetch_corpus knows of LibriSpeech/split
+    for path in paths:
+        _known(path.name, RESOURCES, "file")
+    for split in splits:
+        _known(split, CORPORA, "split")
+    for path in paths:
+        fetch_resource(path.name, path.parent)
+    for split in splits:
+        fetch_corpus(split, folder)
 
 
 def fetch_corpus(name: str, data_folder: Path | str, mirrors: Sequence[str] = MIRRORS, retries: Retries | None = None) -> Path:
@@ -108,7 +116,7 @@ def fetch_resource(name: str, folder: Path | str, mirrors: Sequence[str] = MIRRO
     return download([f"{mirror}/{number}/{name}" for mirror in mirrors], Path(folder) / name, checksum, retries)
 
 
-def download(urls: str | Sequence[str], target: Path | str, checksum: str | None, retries: Retries | None = None) -> Path:
+def download(urls: Sequence[str], target: Path | str, checksum: str, retries: Retries | None = None) -> Path:
     """Download a file from the first of several addresses that can serve it, continuing what an earlier try left.
 
     The transfer goes to `target`.part and is renamed when its checksum fits; a file that is there and fits is not fetched again.
@@ -116,28 +124,20 @@ def download(urls: str | Sequence[str], target: Path | str, checksum: str | None
     Args:
         urls: addresses of the same file, in order of preference.
         target: where to.
-        checksum: "md5:..." or "sha256:..."; None accepts what comes the first time, says so, and notes its
-            sha256 in `target`.sha256, which any later download must match.
+        checksum: "md5:..." or "sha256:...".
         retries: patience; an attempt that brought bytes does not count.
 
     Raises:
         AsrKdError: no address serves the file, wrong checksum, or the disk is full.
     """
-    urls, target, retries = [urls] if isinstance(urls, str) else list(urls), Path(target), retries or Retries()
+    target, retries = Path(target), retries or Retries()
     for url in urls:
         if not url.startswith(("http://", "https://")):
             raise AsrKdError(f"{url}: expected an address that starts with http:// or https://")
-    noted = target.with_name(target.name + ".sha256")
-    if checksum is None and noted.is_file():
-        checksum = "sha256:" + noted.read_text(encoding="utf-8").split()[0]
     if target.is_file():
         _check(target, checksum, f"remove {target} and run again")
         return target
     _transfer_from_any(urls, target, checksum, retries)
-    if checksum is None:
-        digest = _digest(target, "sha256")
-        log.warning("%s: no published checksum to compare with; accepted as it came, sha256 %s noted in %s", target, digest, noted)
-        write_text(noted, f"{digest}  {target.name}\n")
     return target
 
 
@@ -178,7 +178,7 @@ def _known(name: str, table: dict[str, tuple[str, str]], kind: str) -> tuple[str
     return table[name]
 
 
-def _transfer_from_any(urls: Sequence[str], target: Path, checksum: str | None, retries: Retries) -> None:
+def _transfer_from_any(urls: Sequence[str], target: Path, checksum: str, retries: Retries) -> None:
     """Fill `target`.part from the addresses in turn until its checksum fits, then rename it."""
     part = target.with_name(target.name + ".part")
     problems: dict[str, str] = {}
@@ -260,9 +260,7 @@ def _cannot_write(part: Path, error: OSError) -> AsrKdError:
     return AsrKdError(f"{part}: could not be written ({error.strerror or error}); free space or choose another folder, the download will continue")
 
 
-def _check(path: Path, checksum: str | None, remedy: str) -> None:
-    if checksum is None:
-        return
+def _check(path: Path, checksum: str, remedy: str) -> None:
     algorithm, _, expected = checksum.partition(":")
     if algorithm not in ("md5", "sha256"):
         raise AsrKdError(f"checksum {checksum!r}: expected md5:... or sha256:...")

@@ -115,7 +115,7 @@ def sweep_figure(rows: Sequence[Mapping[str, Any]], references: Mapping[str, Any
 
 
 def speakers_figure(per_speaker: Mapping[str, Mapping[str, Any]]) -> str:
-    """WER of baseline, ensemble and student for each speaker, worst first."""
+    """WER of every system for each speaker, worst first."""
     speakers = sorted(per_speaker, key=lambda speaker: max(row["wer"] for row in per_speaker[speaker].values()))
     present = [system for system in SYSTEMS if any(system in row for row in per_speaker.values())]
     with matplotlib.rc_context(_STYLE):

@@ -117,7 +117,8 @@ def _block_markdown(block: Block) -> str:
     if isinstance(block, Table):
         rule = ["---" if c < block.text_columns else "---:" for c in range(len(block.header))]
         lines = [block.header, rule, *block.rows]
-        return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        return f"**{block.folded}**\n\n{table}" if block.folded else table
     return f"### {block.text}" if isinstance(block, Text) and block.heading else block.text
 
 

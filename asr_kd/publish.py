@@ -58,7 +58,7 @@ def publish_student(settings: Settings, corpus: Corpus, text: Text, features: Fe
             hypotheses = recogniser(_alone(store, way), len(references))
             words[kind] = {utt_id: hypothesis.words for utt_id, hypothesis in hypotheses.items()}
         totals = {kind: sum(score_split(references, own).values(), WordErrors()) for kind, own in words.items()}
-        return {kind: {"errors": total.errors, "words": total.words, "wer": total.wer} for kind, total in totals.items()}
+        return {kind: total.as_json() for kind, total in totals.items()}
 
     def _alone(store: FrameStore, normalisation: MeanNormalisation) -> Iterator[tuple[str, NDArray[np.float32]]]:
         for utt_id in store:

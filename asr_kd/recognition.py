@@ -73,7 +73,7 @@ def tune_decoding(settings: Settings, graph: Record, hmm: HmmModel, network: Ens
         candidates = {"acoustic_scale": settings.acoustic_scales, "word_insertion_penalty": settings.word_insertion_penalties}
         tuning = tune(settings.output / "graph", lambda: log_posteriors(network, windows, chosen), {utt_id: words[utt_id] for utt_id in chosen},
                       hmm.log_priors, candidates, start, settings.num_jobs)
-        tried = [{**asdict(tried), "wer": errors.wer, "errors": errors.errors, "words": errors.words} for tried, errors in tuning.tried]
+        tried = [{**asdict(tried), **errors.as_json()} for tried, errors in tuning.tried]
         write_json(folder / "tuning.json", {"chosen": asdict(tuning.settings), "tried": tried, "utterances": chosen})
 
     choices = {"start": asdict(start), "scales": settings.acoustic_scales, "penalties": settings.word_insertion_penalties, "utterances": chosen}

@@ -6,7 +6,8 @@ below is optional, also inside a row (a system that was not decoded has no WER);
     splits: {split: {baseline|ensemble|distilled|control:
                  {frame_accuracy, frame_accuracy_ci95: [lo, hi], wer, wer_ci95: [lo, hi], errors, words, substitutions, deletions, insertions,
                   real_time_factor, probability_better: P(lower WER than the baseline), probability_better_than_control: the student's,
-                  decoded_members: how many members' words and errors are added up in the baseline},
+                  unfinished: utterances whose search ended in no final state,
+                  decoded_members: how many members' words, errors and unfinished utterances are added up in the baseline},
              members: [{frame_accuracy, wer?, ...}], gain_kept: {frame_accuracy, wer},
              bootstrap: {resampled: speakers|utterances, speakers: how many there are}}}
     networks: {teachers|distilled|control: {hidden_layers, hidden_units, dropout, ...}}
@@ -162,6 +163,9 @@ def _split_section(split: str, rows: Mapping[str, Any], networks: Mapping[str, M
                        "the ensemble needs for each of its members, comes on top. P(better): share "
                        "of paired bootstrap replicates in which the system's WER is below that of the single networks. For comparison, the paper's table 1: "
                        "frame accuracy 58.9, 61.1, 60.8 % and WER 10.9, 10.7, 10.7 % for single network, ensemble, student."))
+    unfinished = [f"{rows[system]['unfinished']} ({NAMES[system]})" for system in present if rows[system].get("unfinished")]
+    if unfinished:
+        blocks.append(Note(f"Utterances whose search ended in no final state, so that their best unfinished words count: {', '.join(unfinished)}."))
     if "bootstrap" in rows:
         blocks.append(Note(_resampled(**rows["bootstrap"])))
     if any(measure in rows[system] for system in present for measure in ("frame_accuracy", "wer")):
@@ -317,8 +321,10 @@ def _settings(results: Results) -> Section:
     blocks: list[Any] = []
     for key, name in (("decoding", "Decoding, chosen on the tuning speakers"), ("settings", "All settings"), ("environment", "Machine and versions")):
         rows = [[str(item), str(value)] for item, value in results.get(key, {}).items()]
-        if rows:
-            blocks.append(Table(["Setting", "Value"], rows, folded=None if key == "decoding" else name, text_columns=2))
+        if rows and key == "decoding":
+            blocks += [Text(name, heading=True), Table(["Setting", "Value"], rows, text_columns=2)]
+        elif rows:
+            blocks.append(Table(["Setting", "Value"], rows, folded=name, text_columns=2))
     return Section("Settings", blocks)
 
 

@@ -95,8 +95,10 @@ def _score_split(split: str, windows: Windows, corpus: Corpus, targets: Targets,
 
     rows: dict[str, Any] = {"baseline": _baseline(members, [words[name] for name in decoded_members], pooled, speakers, seed)}
     rows["baseline"]["real_time_factor"] = statistics.mean(systems.decoded[name][split].real_time_factor for name in decoded_members)
+    rows["baseline"]["unfinished"] = sum(len(systems.decoded[name][split].unfinished) for name in decoded_members)
     for system, result in frames.items():
         rows[system] = system_row(result.counts, words[system], speakers=speakers, seed=seed, real_time_factor=systems.decoded[system][split].real_time_factor)
+        rows[system]["unfinished"] = len(systems.decoded[system][split].unfinished)
         rows[system]["probability_better"] = probability_better(words[system], pooled, speakers, seed)
     rows["distilled"]["probability_better_than_control"] = probability_better(words["distilled"], words["control"], speakers, seed)
     rows["members"] = [system_row(result.counts, words.get(f"member_{k}"), speakers=speakers, seed=seed) for k, result in enumerate(members)]
@@ -107,7 +109,7 @@ def _score_split(split: str, windows: Windows, corpus: Corpus, targets: Targets,
     confusions = word_confusions(references, hypotheses)
     by_speaker = {system: per_speaker(counts, speakers) for system, counts in {"baseline": pooled, **{name: words[name] for name in frames}}.items()}
     errors = {
-        "per_speaker": {speaker: {system: _rate(own[speaker]) for system, own in by_speaker.items()} for speaker in by_speaker["baseline"]},
+        "per_speaker": {speaker: {system: own[speaker].as_json() for system, own in by_speaker.items()} for speaker in by_speaker["baseline"]},
         "words": {"substitutions": [[*pair, count] for pair, count in confusions.substitutions.most_common(20)],
                   "deletions": confusions.deletions.most_common(15), "insertions": confusions.insertions.most_common(15)},
         "phones": top_confusions(frames["distilled"].phone_confusions, ["-", *targets.hmm.phones], 20),
@@ -127,7 +129,7 @@ def score_system(network: Ensemble, split: str, windows: Windows, corpus: Corpus
     """Frame accuracy and word errors of one network on one split."""
     references = _references(windows, corpus)
     _, frames = evaluate_frames(network, windows, targets.stores[split], phone_of_state(targets.hmm))
-    return {"frame_accuracy": frames.accuracy, **_rate(sum(score_split(references, hypotheses).values(), WordErrors()))}
+    return {"frame_accuracy": frames.accuracy, **sum(score_split(references, hypotheses).values(), WordErrors()).as_json()}
 
 
 def _baseline(members: Sequence[FrameResult], words: Sequence[Mapping[str, WordErrors]], pooled: Mapping[str, WordErrors], speakers: Mapping[str, str],
@@ -156,10 +158,6 @@ def phone_of_state(hmm: HmmModel) -> NDArray[np.int64]:
     return phones
 
 
-def _rate(counts: WordErrors) -> dict[str, Any]:
-    return {"errors": counts.errors, "words": counts.words, "wer": counts.wer}
-
-
 def _curves(folder: Path) -> dict[str, Any]:
     """Accuracy over epochs as the report reads it."""
     entries = [json.loads(line) for line in (folder / "curves.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -171,7 +169,7 @@ def _exclusions(settings: Settings, corpus: Corpus) -> dict[str, dict[str, int]]
     """Utterances left out, by split (or copy of one at another speed) and reason, and teachers that diverged, from what the stages wrote."""
     counts: dict[str, Counter[str]] = {name: Counter() for name in store_names(settings, corpus)}
     for name, own in counts.items():
-        for path, cause in ((settings.output / "manifests" / f"{name}.excluded.csv", "not usable"),
+        for path, cause in ((settings.output / "manifests" / f"{name}.exclusions.csv", "not usable"),
                             (settings.output / "features" / name / "exclusions.csv", "no features"),
                             (settings.output / "targets" / name / "exclusions.csv", "not aligned")):
             kinds = [_kind(reason) for reason in _reasons(path)]

@@ -1,4 +1,4 @@
-"""Counts that add up: word errors, correct frames, confusions, calibration; bootstrap intervals and comparisons over them.
+"""Counts that add up: word errors, correct frames, confusions; bootstrap intervals and comparisons over them.
 
 Rates are never averaged: counts are added over utterances (or speakers, or seeds) and divided once.
 
@@ -55,6 +55,10 @@ class WordErrors:
     @property
     def fraction(self) -> tuple[int, int]:
         return self.errors, self.words
+
+    def as_json(self) -> dict[str, Any]:
+        """`errors`, `words` and `wer`, as results.json has them."""
+        return {"errors": self.errors, "words": self.words, "wer": self.wer}
 
 
 @dataclass(frozen=True)
@@ -220,38 +224,6 @@ def probability_better(ours: Mapping[str, WordErrors], theirs: Mapping[str, Word
     return better / replicates
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Reliability counts in equal bins of confidence, the highest posterior of a frame (Guo et al. 2017); addable over utterances."""
-
-    frames: NDArray[np.int64]
-    correct: NDArray[np.int64]
-    confidence: NDArray[np.float64]
-
-    def __add__(self, other: Calibration) -> Calibration:
-        return Calibration(self.frames + other.frames, self.correct + other.correct, self.confidence + other.confidence)
-
-    @property
-    def expected_calibration_error(self) -> float:
-        """Mean over frames of |accuracy - confidence| of the frame's bin."""
-        return float(np.abs(self.correct - self.confidence).sum() / max(int(self.frames.sum()), 1))
-
-    def as_json(self) -> dict[str, Any]:
-        """What the report reads: `bins` of mean confidence, accuracy and frames (empty bins left out), and `ece`."""
-        filled = np.flatnonzero(self.frames)
-        bins = [{"confidence": float(self.confidence[b] / self.frames[b]), "accuracy": float(self.correct[b] / self.frames[b]),
-                 "frames": int(self.frames[b])} for b in filled]
-        return {"ece": self.expected_calibration_error, "bins": bins}
-
-
-def calibration(confidence: NDArray[np.floating], correct: NDArray[np.bool_], num_bins: int = 15) -> Calibration:
-    """Count (N,) confidences in [0, 1] and whether each (N,) frame was right."""
-    bins = np.minimum((confidence * num_bins).astype(np.int64), num_bins - 1)
-    frames = np.bincount(bins, minlength=num_bins).astype(np.int64)
-    right = np.bincount(bins[correct], minlength=num_bins).astype(np.int64)
-    return Calibration(frames, right, np.bincount(bins, weights=confidence, minlength=num_bins).astype(np.float64))
-
-
 def system_row(frames: Mapping[str, FrameCounts], words: Mapping[str, WordErrors] | None = None, *, speakers: Mapping[str, str] | None = None,
                seed: int = 0, real_time_factor: float | None = None) -> dict[str, Any]:
     """One system's entry of results.json, from counts by utterance id; a system that was not decoded has the frame accuracy only.
@@ -266,7 +238,7 @@ def system_row(frames: Mapping[str, FrameCounts], words: Mapping[str, WordErrors
     if words is None:
         return row
     total = sum(words.values(), WordErrors())
-    row |= {"wer": total.wer, "wer_ci95": list(bootstrap_ci95(words, speakers, seed)), "errors": total.errors, "words": total.words,
+    row |= {**total.as_json(), "wer_ci95": list(bootstrap_ci95(words, speakers, seed)),
             "substitutions": total.substitutions, "deletions": total.deletions, "insertions": total.insertions}
     return row if real_time_factor is None else row | {"real_time_factor": real_time_factor}
 

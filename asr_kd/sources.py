@@ -37,6 +37,8 @@ def find_sources(settings: Settings) -> tuple[Sources, Record]:
     if settings.synthetic_minutes is not None:
         return _synthetic(settings)
     assert settings.data_folder is not None
+    if not settings.lexicon:
+        raise AsrKdError("lexicon: none given; give the path of one with --lexicon (Kaldi's or CMUdict's format)")
     if settings.download:
         from asr_kd.download import fetch_librispeech
 
@@ -46,9 +48,8 @@ def find_sources(settings: Settings) -> tuple[Sources, Record]:
     paths = {"data_folder": settings.data_folder, "lm": settings.lm, "lm_text": settings.lm_text}
     for name, path in [*paths.items(), *(("lexicon", path) for path in settings.lexicon)]:
         if path is not None and not Path(path).exists():
-            raise AsrKdError(f"{name}: {path} is not there; give its path with --{name}, or --download true for LibriSpeech's own")
-    if not settings.lexicon:
-        raise AsrKdError("lexicon: none given; give the path of one with --lexicon (Kaldi's or CMUdict's format)")
+            download = "" if name == "lm_text" else ", or --download true for LibriSpeech's own"
+            raise AsrKdError(f"{name}: {path} is not there; give its path with --{name}{download}")
     lm, lm_text = (Path(path) if path else None for path in (settings.lm, settings.lm_text))
     sources = Sources(Path(settings.data_folder), [Path(path) for path in settings.lexicon], lm, lm_text)
     return sources, Record("sources", {}, {}, "", 0.0, {})

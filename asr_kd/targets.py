@@ -16,7 +16,7 @@ from asr_kd.errors import AsrKdError
 from asr_kd.evaluation import log_posteriors
 from asr_kd.features import FbankOptions, Windows, extract_features
 from asr_kd.frames import FrameStore, FrameWriter
-from asr_kd.hmm.align import align, align_with_network, state_priors
+from asr_kd.hmm.align import align, align_with_network, with_state_priors
 from asr_kd.hmm.aligner import Aligner
 from asr_kd.hmm.model import HmmModel
 from asr_kd.hmm.train import GmmHmmSettings, train_gmm_hmm
@@ -210,4 +210,4 @@ def stretch_targets(original: FrameStore, features: FrameStore, prefix: str, fol
 
 def _read_targets(root: Path, corpus: Corpus, hmm: HmmModel, records: Mapping[str, Record]) -> Targets:
     stores = {name: FrameStore(root / name) for name in records}
-    return Targets(stores, state_priors(hmm, stores.values(), corpus.train), {name: record.fingerprint for name, record in records.items()})
+    return Targets(stores, with_state_priors(hmm, stores.values(), corpus.train), {name: record.fingerprint for name, record in records.items()})

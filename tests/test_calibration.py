@@ -5,13 +5,14 @@ from __future__ import annotations
 import doctest
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asr_kd import calibration
-from asr_kd.calibration import posterior_quality
+from asr_kd.calibration import posterior_quality, reliability
 from asr_kd.errors import AsrKdError
 
 
@@ -65,3 +66,18 @@ def test_logits_and_other_lengths_are_refused() -> None:
         posterior_quality(torch.randn(4, 3), torch.zeros(4))
     with pytest.raises(AsrKdError, match="4 frames of posteriors for 3 reference states"):
         posterior_quality(torch.randn(4, 3).log_softmax(1), torch.zeros(3))
+
+
+def test_calibration_against_a_loop() -> None:
+    generator = np.random.default_rng(0)
+    confidence = np.append(generator.uniform(0, 1, 500), [0.0, 1.0])
+    correct = generator.uniform(0, 1, 502) < confidence**2
+    halves = reliability(confidence[:200], correct[:200]) + reliability(confidence[200:], correct[200:])
+    expected = 0.0
+    for b in range(15):
+        inside = [i for i, c in enumerate(confidence) if b / 15 <= c < (b + 1) / 15 or (b == 14 and c == 1)]
+        expected += abs(sum(correct[inside]) - sum(confidence[inside])) / 502
+    assert halves.expected_calibration_error == pytest.approx(expected)
+    bins = halves.as_json()["bins"]
+    assert sum(row["frames"] for row in bins) == 502
+    assert all(row["accuracy"] <= 1 and row["frames"] > 0 for row in bins)

@@ -88,7 +88,7 @@ def test_a_dangling_link_is_left_out_and_listed(tmp_path: Path) -> None:
     (tmp_path / "dev" / "d" / "7" / "d-7-1.wav").symlink_to(tmp_path / "nowhere.wav")
     settings = Settings(output_folder=str(tmp_path / "out"), data_folder=str(tmp_path), train_splits=["train"], dev_splits=["dev"])
     assert [u.utt_id for u in prepare_corpus(settings, tmp_path)[0].splits["dev"]] == ["d-7-0"]
-    assert "d-7-1.wav: no such audio file" in (tmp_path / "out" / "manifests" / "dev.excluded.csv").read_text()
+    assert "d-7-1.wav: no such audio file" in (tmp_path / "out" / "manifests" / "dev.exclusions.csv").read_text()
 
 
 def corpus_of(train: str, dev: str) -> Corpus:

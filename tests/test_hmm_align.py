@@ -10,7 +10,7 @@ from spectral_speech import LEXICON, Spoken, speak
 
 from asr_kd.errors import AsrKdError
 from asr_kd.frames import FrameStore, FrameWriter
-from asr_kd.hmm.align import Segments, align, align_with_network, segment_rows, state_priors
+from asr_kd.hmm.align import Segments, align, align_with_network, segment_rows, with_state_priors
 from asr_kd.hmm.aligner import ADAPTATIONS, Aligner
 from asr_kd.hmm.corpus import Aligned, Graphs
 from asr_kd.hmm.features import joined
@@ -157,7 +157,7 @@ def test_guided_alignment_equals_the_full_one(spoken: Spoken, trained_aligner: t
 def test_state_priors_are_finite_and_from_counts(tmp_path: Path) -> None:
     with FrameWriter(tmp_path, (), np.int32) as writer:
         writer.append("u", np.array([0, 0, 0, 1], np.int32))
-    priors = state_priors(untied_model(("SIL", "A")), [FrameStore(tmp_path)], FrameStore(tmp_path)).log_priors
+    priors = with_state_priors(untied_model(("SIL", "A")), [FrameStore(tmp_path)], FrameStore(tmp_path)).log_priors
     assert np.isfinite(priors).all()
     assert priors[0] - priors[1] == pytest.approx(np.log(3))
     assert np.exp(priors).sum() == pytest.approx(1)

@@ -95,7 +95,7 @@ def test_the_report_lists_teachers_that_diverged(tmp_path: Path) -> None:
 
 
 def test_the_report_counts_each_utterance_left_out_once_and_by_kind(tmp_path: Path) -> None:
-    reasons = {"manifests/train.excluded.csv": ["no transcript for /my data/a.flac", "no transcript for /my data/b.flac"],
+    reasons = {"manifests/train.exclusions.csv": ["no transcript for /my data/a.flac", "no transcript for /my data/b.flac"],
                "features/train/exclusions.csv": [f"{place}: no samples; replace the file" for place in ("/my data/c.flac", "d.wav/d")],
                "targets/train/exclusions.csv": ["no features", "no features", "word outside the lexicon: ZEBRA", "word outside the lexicon: ORYX EMU",
                                                 "12 frames, shorter than its 30 states", "7 frames, shorter than its 9 states"]}

@@ -140,6 +140,23 @@ def test_what_was_resampled_is_said(results, tmp_path):
     assert "Bootstrap over 40 speakers" in write_report(tmp_path, results).read_text()
 
 
+def test_searches_without_an_end_are_counted(results, tmp_path):
+    rows = results["splits"]["dev-mini"]
+    rows["ensemble"]["unfinished"] = 0
+    assert "final state" not in write_report(tmp_path, results).read_text()
+    rows["baseline"]["unfinished"] = 7
+    assert "best unfinished words count: 7 (Single network)." in write_report(tmp_path, results).read_text()
+
+
+def test_tables_have_their_titles_in_both_forms(folder):
+    page, text = (folder / "report.html").read_text(), (folder / "report.md").read_text()
+    assert "<h3>Decoding, chosen on the tuning speakers</h3>" in page
+    assert "### Decoding, chosen on the tuning speakers\n\n| Setting | Value |" in text
+    for title in ("All settings", "Machine and versions", "Members one by one", "Stages in seconds"):
+        assert f"<summary>{title}</summary>" in page
+        assert f"**{title}**\n\n| " in text
+
+
 def test_no_share_is_kept_of_a_gain_that_there_is_not(results):
     rows = results["splits"]["dev-mini"]
     assert "Gain kept, frame accuracy" in [tile[0] for tile in make_page(results).tiles]

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from asr_kd import results
-from asr_kd.calibration import PosteriorQuality
-from asr_kd.score import calibration
+from asr_kd.calibration import PosteriorQuality, reliability
 
 
 def listed(path: Path, *reasons: str) -> None:
@@ -24,7 +23,7 @@ def listed(path: Path, *reasons: str) -> None:
 
 
 def test_exclusions_are_counted_in_copies_at_other_speeds_too(tmp_path: Path) -> None:
-    listed(tmp_path / "manifests" / "train.excluded.csv", "a/1.flac: no transcript; add one", "a/2.flac: no transcript; add one")
+    listed(tmp_path / "manifests" / "train.exclusions.csv", "a/1.flac: no transcript; add one", "a/2.flac: no transcript; add one")
     listed(tmp_path / "features" / "train" / "exclusions.csv", "a/3.flac: shorter than one window")
     listed(tmp_path / "features" / "train-sp1.1" / "exclusions.csv", "a/3.flac: shorter than one window", "a/4.flac: shorter than one window")
     listed(tmp_path / "targets" / "train" / "exclusions.csv", "no features", "12 frames, shorter than its 30 states")
@@ -42,7 +41,7 @@ def test_exclusions_are_counted_in_copies_at_other_speeds_too(tmp_path: Path) ->
 def test_calibration_of_the_baseline_is_the_mean_over_its_members() -> None:
     """One member is too sure and one too doubtful in the same bin: pooled, they would look nearly perfect."""
     correct = np.array([True] * 5 + [False] * 5)
-    members = [PosteriorQuality(calibration(np.full(10, 0.85), correct, 1), 3.0, 1.0), PosteriorQuality(calibration(np.full(10, 0.25), correct, 1), 5.0, 2.0)]
+    members = [PosteriorQuality(reliability(np.full(10, 0.85), correct, 1), 3.0, 1.0), PosteriorQuality(reliability(np.full(10, 0.25), correct, 1), 5.0, 2.0)]
     row = results._mean_calibration(members)
     assert row["ece"] == pytest.approx((0.35 + 0.25) / 2)
     assert (members[0] + members[1]).bins.expected_calibration_error == pytest.approx(0.05)

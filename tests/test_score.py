@@ -155,21 +155,6 @@ def test_same_seed_same_interval_and_empty_split():
         bootstrap_ci95({})
 
 
-def test_calibration_against_a_loop():
-    generator = np.random.default_rng(0)
-    confidence = np.append(generator.uniform(0, 1, 500), [0.0, 1.0])
-    correct = generator.uniform(0, 1, 502) < confidence**2
-    halves = score.calibration(confidence[:200], correct[:200]) + score.calibration(confidence[200:], correct[200:])
-    expected = 0.0
-    for b in range(15):
-        inside = [i for i, c in enumerate(confidence) if b / 15 <= c < (b + 1) / 15 or (b == 14 and c == 1)]
-        expected += abs(sum(correct[inside]) - sum(confidence[inside])) / 502
-    assert halves.expected_calibration_error == pytest.approx(expected)
-    bins = halves.as_json()["bins"]
-    assert sum(row["frames"] for row in bins) == 502
-    assert all(row["accuracy"] <= 1 and row["frames"] > 0 for row in bins)
-
-
 def test_rows_of_results_json():
     errors = {"u1": WordErrors(1, 0, 0, 4), "u2": WordErrors(0, 1, 1, 6)}
     frames = {"u1": FrameCounts(1, 2), "u2": FrameCounts(2, 2)}

@@ -94,7 +94,7 @@ def dry_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(targets, "Windows", lambda *_: None)
     monkeypatch.setattr(targets, "FrameStore", AnyStore)
     monkeypatch.setattr(targets.Aligner, "load", lambda _: SimpleNamespace(hmm=SimpleNamespace(num_states=3)))
-    monkeypatch.setattr(targets, "state_priors", lambda hmm, *_: hmm)
+    monkeypatch.setattr(targets, "with_state_priors", lambda hmm, *_: hmm)
     monkeypatch.setattr(networks, "load_frame_data", lambda *_: None)
 
     def run(corpus: Corpus, text: Text) -> dict[str, str]:

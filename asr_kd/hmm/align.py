@@ -16,7 +16,7 @@ from asr_kd.distributed import by_first_process, concrete_device, from_all_proce
 from asr_kd.errors import AsrKdError
 from asr_kd.frames import INDEX, FrameStore, FrameWriter
 from asr_kd.hmm.aligner import Aligner
-from asr_kd.hmm.corpus import Aligned, Graphs, Pronouncer, Scores, align_utterances, chunks, own_utterances, speaker_chunks, usable_utterances
+from asr_kd.hmm.corpus import Aligned, Alignments, Graphs, Pronouncer, Scores, align_utterances, chunks, own_utterances, speaker_chunks, usable_utterances
 from asr_kd.hmm.features import Features, joined
 from asr_kd.hmm.frontend import Frontend
 from asr_kd.hmm.model import HmmModel, split_codes
@@ -27,12 +27,12 @@ from asr_kd.stage import fingerprint
 log = logging.getLogger(__name__)
 
 LogLikelihoods = Callable[[str], NDArray[np.floating]]
-Alignments = Mapping[str, Aligned | None]
 AlignPart = Callable[[Graphs, list[str]], tuple[Alignments, Alignments]]
 """Aligns some utterances: the states to train networks on, and the same phones with the boundaries that segments are to have."""
 EXCLUSIONS = "exclusions.csv"
 SEGMENTS = "segments"
 PARTS = ".parts.part-0"
+"""Named so that a stage that ends removes what is left of it (`asr_kd.stage`)."""
 PART_FRAMES = 3_600_000
 """Frames, ten hours, that are aligned and kept before further ones: a run that is cut off loses little, and memory does not grow with the corpus."""
 NO_PATH = "no path of finite score"
@@ -201,7 +201,7 @@ class Segments:
         return [(word, int(own[0, 2]), int(own[-1, 3])) for w, word in enumerate(transcript) for own in [rows[rows[:, 1] == w]]]
 
 
-def state_priors(hmm: HmmModel, targets: Iterable[FrameStore], utt_ids: Iterable[str]) -> HmmModel:
+def with_state_priors(hmm: HmmModel, targets: Iterable[FrameStore], utt_ids: Iterable[str]) -> HmmModel:
     """The model with log priors from the state counts of these utterances' alignments, wherever they are in the stores."""
     counts, wanted = np.zeros(hmm.num_states), set(utt_ids)
     for store in targets:

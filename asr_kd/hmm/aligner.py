@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from asr_kd.distributed import add_over_processes
-from asr_kd.hmm.corpus import Aligned, FixedPhones, Graphs, GraphSource, align_utterances, chunk_frames, chunks, map_threads, mixture_scores
+from asr_kd.hmm.corpus import Aligned, Alignments, FixedPhones, Graphs, GraphSource, align_utterances, chunk_frames, chunks, map_threads, mixture_scores
 from asr_kd.hmm.frontend import Frontend
 from asr_kd.hmm.gmm import GaussianMixtures
 from asr_kd.hmm.model import EDGE, SIL, STATES_PER_PHONE, HmmModel, read_tensors, split_codes, write_tensors
@@ -106,7 +106,7 @@ class Aligner:
             found = align_with(self.adapted, adapted, graphs, utt_ids, guide=found)
         return found
 
-    def timed(self, frontend: Frontend, graphs: Graphs, found: Mapping[str, Aligned | None]) -> Mapping[str, Aligned | None]:
+    def timed(self, frontend: Frontend, graphs: Graphs, found: Alignments) -> Alignments:
         """The same phones with their boundaries where the boundary models see them."""
         for model in self.boundaries:
             found = move_boundaries(model, frontend, graphs, found)
@@ -114,7 +114,7 @@ class Aligner:
 
 
 def align_with(model: GmmHmm, frontend: Frontend, graphs: GraphSource, utt_ids: Sequence[str], *,
-               guide: Mapping[str, Aligned | None] | None = None) -> dict[str, Aligned | None]:
+               guide: Alignments | None = None) -> dict[str, Aligned | None]:
     """One alignment pass by a mixture model; a frontend of another projection is projected, one of the same is used with its transforms."""
     if frontend.projection is not model.projection:
         frontend = frontend.projected(model.projection)
@@ -122,7 +122,7 @@ def align_with(model: GmmHmm, frontend: Frontend, graphs: GraphSource, utt_ids: 
                                  frontend.device, guide))
 
 
-def move_boundaries(model: GmmHmm, frontend: Frontend, graphs: GraphSource, found: Mapping[str, Aligned | None]) -> dict[str, Aligned | None]:
+def move_boundaries(model: GmmHmm, frontend: Frontend, graphs: GraphSource, found: Alignments) -> dict[str, Aligned | None]:
     """Align the same phones again, so that only their boundaries move; what has no path by this model, or had none, stays as it is.
 
     The log-likelihoods remain those of the models that chose the phones.
@@ -175,7 +175,7 @@ def learn_transitions(hmm: HmmModel, codes: Iterable[NDArray[np.int32]], num_wor
         is_first = np.diff(path, prepend=-1) != 0
         frames += np.bincount(tied, minlength=hmm.num_states)
         visits += np.bincount(tied[is_first], minlength=hmm.num_states)
-        silent = (split_codes(path, len(hmm.phones))[1] == SIL)
+        silent = split_codes(path, len(hmm.phones))[1] == SIL
         silences += int((silent & is_first & (path % STATES_PER_PHONE == 0)).sum())
         edges += int(silent[0]) + int(silent[-1])
         utterances += 1

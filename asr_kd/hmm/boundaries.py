@@ -29,7 +29,7 @@ FIRST_PASSES = 6
 
 
 def train_boundaries(frontend: Frontend, graphs: Graphs, aligned: Mapping[str, Aligned], phones: tuple[str, ...], num_gaussians: int) -> tuple[GmmHmm, ...]:
-    """Train the models, to be used one after the other (`asr_kd.hmm.align.move_boundaries`).
+    """Train the models, to be used one after the other (`asr_kd.hmm.aligner.move_boundaries`).
 
     Args:
         frontend: cepstra of the utterances; projection and adaptation play no part.

@@ -263,6 +263,10 @@ class Aligned:
     log_likelihood: float
 
 
+Alignments = Mapping[str, Aligned | None]
+"""Utterance id -> alignment, None where there is no path of finite score."""
+
+
 class FixedPhones:
     """For each aligned utterance the graph of the phones that its alignment goes through, so that only their boundaries are open.
 
@@ -296,7 +300,7 @@ Scores = Callable[[NDArray[np.integer], slice], Tensor]
 
 
 def align_utterances(utt_ids: Sequence[str], graphs: GraphSource, features: Features, hmm: HmmModel, scores_of: Callable[[str], Scores], desc: str,
-                     device: torch.device, guide: Mapping[str, Aligned | None] | None = None) -> Iterator[tuple[str, Aligned | None]]:
+                     device: torch.device, guide: Alignments | None = None) -> Iterator[tuple[str, Aligned | None]]:
     """Align utterances; None where no path has a finite score. The order is by length, not as given.
 
     Args:

@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 
 import asr_kd
-from asr_kd.distributed import rank
 from asr_kd.errors import AsrKdError
 from asr_kd.espeak import espeak
 from asr_kd.progress import progress
-from asr_kd.stage import RECORD, STARTED, run_stage, write_text
+from asr_kd.stage import run_stage, write_text
 from asr_kd.synthetic.grammar import distinct_sentences, vocabulary
 from asr_kd.synthetic.phones import observed_lexicon
 from asr_kd.synthetic.speaking import BABBLE_VOICES, CHAPTER, SpeakerTask
@@ -83,8 +82,6 @@ def make_corpus(
     minutes = dict(minutes or MINUTES)
     if not minutes or min(minutes.values()) <= 0:
         raise AsrKdError(f"synthetic corpus: minutes {minutes}, expected a positive number for each split; give at least 0.1")
-    if rank() == 0 and folder.is_dir() and any(folder.iterdir()) and not any((folder / name).exists() for name in (RECORD, STARTED)):
-        raise AsrKdError(f"{folder}: holds files that are no synthetic corpus; give a new folder")
     settings = {"minutes": minutes, "seed": seed, "snr_db": list(snr_db)}
     run_stage("synthetic", folder, settings, {"espeak": espeak().version}, lambda into: _make(into, minutes, seed, num_jobs, snr_db))
     return SyntheticCorpus(folder, tuple(minutes))

@@ -94,8 +94,6 @@ TEMPLATES = {
     "{pronoun} {moment} {transitive} {number} {adjective} {things} {location} {determiner} {place}": 3,
 }  # fmt: skip
 
-MAX_WORDS = 12
-
 
 def vocabulary() -> tuple[str, ...]:
     """Every word of the grammar, upper case, sorted."""
