@@ -108,10 +108,10 @@ def _loss_kernel(
         ids, p, used, in_range = _listed(soft_ptr, index_ptr, row, NUM_CLASSES, NUM_LISTED, LISTED_BLOCK)
         z = tl.load(logits_ptr + ids, mask=in_range, other=float("-inf")).to(tl.float32)
         finite = z > float("-inf")
-        exponents = tl.where(finite, (z - top) / temperature, 0.0)
+        exponents = tl.where(finite, tl.maximum((z - top) / temperature, LOWEST), 0.0)
         num_masked = NUM_CLASSES - mass - tl.sum(tl.where(in_range & (z == float("-inf")), 1.0, 0.0), 0)  # of the unlisted classes
         unlisted = score - tl.sum(exponents, 0) + tl.where(num_masked > 0, LOWEST, 0.0)
-        score = tl.sum(p * tl.where(finite, exponents, LOWEST), 0) + each * unlisted
+        score = tl.sum(p * tl.where(finite, exponents, LOWEST), 0) + tl.where(each == 0, 0.0, each * unlisted)
         mass = tl.sum(p, 0) + each * (NUM_CLASSES - NUM_LISTED)
         mass = tl.where(tl.max(tl.where(used & ~in_range, 1, 0), 0) == 0, mass, float("nan"))
         negative_entropy = tl.sum(_p_log_p(p), 0) + (NUM_CLASSES - NUM_LISTED) * _p_log_p(each)
@@ -213,7 +213,7 @@ def _sums(logits_ptr, soft_ptr, index_ptr, temperature, NUM_CLASSES: tl.constexp
         drop = tl.where(top == float("-inf"), 0.0, top - shift)
         soft_sum = soft_sum * tl.exp(drop / temperature) + tl.sum(tl.exp((z - shift) / temperature), 0)
         hard_sum = hard_sum * tl.exp(drop) + tl.sum(tl.exp(z - shift), 0)
-        score += mass * drop / temperature + tl.sum(p * tl.maximum((z - shift) / temperature, LOWEST), 0)  # 0 * -inf = 0
+        score += mass * tl.maximum(drop / temperature, LOWEST) + tl.sum(p * tl.maximum((z - shift) / temperature, LOWEST), 0)  # 0 * -inf = 0
         mass += tl.sum(p, 0)
         negative_entropy += tl.sum(_p_log_p(p), 0)
         top = new_top

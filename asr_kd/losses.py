@@ -290,13 +290,14 @@ class _RowLosses(torch.autograd.Function):
         others = (None,) * (len(_Rows._fields) + 2)
         if again:  # create_graph: a form that autograd can differentiate again
             return torch.autograd.grad(_row_losses(logits, rows, ctx.settings), logits, weights, create_graph=True)[0], *others
-        if ctx.kernels is not None:
+        many = _is_wrapped(weights)  # several backward passes at once (is_grads_batched)
+        if ctx.kernels is not None and not many:
             return ctx.kernels.row_gradients(logits, rows, ctx.settings, weights), *others
         gradient, ctx.gradient = ctx.gradient, None
-        if gradient is None:  # a second backward pass over the same graph
+        if gradient is None:  # a second backward pass over the same graph, or none by the kernels
             gradient = _losses_and_gradients(logits, rows, ctx.settings)[1]
-        weights = weights if rows.valid is None else weights.masked_fill(~rows.valid, 0)
-        return gradient.mul_(weights.unsqueeze(-1)).to(logits.dtype), *others
+        weights = (weights if rows.valid is None else weights.masked_fill(~rows.valid, 0)).unsqueeze(-1)
+        return (gradient * weights if many else gradient.mul_(weights)).to(logits.dtype), *others
 
 
 def _losses_and_gradients(logits: Tensor, rows: _Rows, settings: _Settings) -> tuple[Tensor, Tensor]:
@@ -376,7 +377,8 @@ def _losses_and_gradient(logits: Tensor, rows: _Rows, settings: _Settings, gradi
         score, each = (p * tempered.gather(-1, rows.indices)).sum(-1), torch.zeros_like(p[:, :1])
         if rows.tail is not None:
             each = _each_unlisted(rows.tail, num_unlisted)
-            score += each.squeeze(-1) * tempered.scatter_(-1, rows.indices, 0.0).sum(-1)
+            unlisted = tempered.scatter_(-1, rows.indices, 0.0).sum(-1).clamp_(min=torch.finfo(q.dtype).min)  # of several masked classes: -inf
+            score += each.squeeze(-1) * unlisted
             mass = mass + each.squeeze(-1) * num_unlisted
         soft = mass * log_sum - score
         gradient.mul_((temperature * mass).unsqueeze(-1))

@@ -105,6 +105,24 @@ class TestOnDevice:
                 logits = torch.where(logits.isinf(), 0.0, logits).detach().requires_grad_()
             assert_as_plain(logits, forms(soft)[form], hard if labelled else None, length, temperature=temperature, hard_weight=0.3, kl=kl)
 
+    @pytest.mark.parametrize("masked", [-math.inf, torch.finfo(torch.float32).min])
+    def test_several_masked_classes(self, kernels: Any, masked: float) -> None:
+        logits, soft, hard, length = case()
+        where = torch.arange(logits.shape[-1], device=DEVICE)
+        logits = logits.detach().masked_fill((where < 5) & ~logits.isnan(), masked).requires_grad_()  # a whole block of them, and one more
+        soft = soft.masked_fill(where < 5, 0)
+        soft /= soft.sum(-1, keepdim=True)
+        indices = where[5:].expand(*soft.shape[:-1], -1)
+        listed = soft.gather(-1, indices)
+        hard = hard.clamp(min=5)
+        for temperature in (0.7, 1.0, 2.0):
+            dense = distillation_loss(logits, soft, hard, length, temperature=temperature, fused=False)
+            assert dense.isfinite()
+            for targets in (soft, SparseTargets(indices, listed), SparseTargets(indices, listed, torch.zeros_like(listed[..., 0]))):
+                assert_as_plain(logits, targets, hard, length, temperature=temperature)
+                torch.testing.assert_close(distillation_loss(logits, targets, hard, length, temperature=temperature, fused=True), dense)
+                torch.testing.assert_close(distillation_loss(logits, targets, hard, length, temperature=temperature, fused=False), dense)
+
     def test_the_kernels_are_what_runs(self, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         launched = []
         launch = kernels._launch

@@ -114,6 +114,17 @@ def test_vmap_and_per_utterance_gradients() -> None:
         torch.testing.assert_close(many_teachers[k], gradient(loss(logits[0], soft[k], hard[0]), logits)[0])
 
 
+def test_several_backward_passes_at_once() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(2, 3, 5, generator=generator, requires_grad=True)
+    soft = torch.randn(2, 3, 5, generator=generator).softmax(-1)
+    losses = distillation_loss(logits, soft, length=torch.tensor([1.0, 0.67]), temperature=2.0, reduction="none").flatten()
+    directions = torch.eye(len(losses))
+    (together,) = torch.autograd.grad(losses, logits, directions, is_grads_batched=True, retain_graph=True)
+    for direction, found in zip(directions, together, strict=True):
+        torch.testing.assert_close(found, torch.autograd.grad(losses, logits, direction, retain_graph=True)[0])
+
+
 def test_vmap_over_batches_with_lengths() -> None:
     logits, soft, hard = random_case((4, 3, 6, 5))
     length = torch.rand(4, 3, generator=torch.Generator().manual_seed(0)).clamp(min=0.2)
