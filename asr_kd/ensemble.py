@@ -66,13 +66,13 @@ class Ensemble(nn.Module):
         return model.to(self.input_mean.device)
 
     @classmethod
-    def of(cls, models: Sequence[AcousticModel]) -> Ensemble:
-        """Stack models of one shape and with the same input mean and scale.
+    def of(cls, models: Sequence[AcousticModel], seeds: Sequence[int] | None = None) -> Ensemble:
+        """Stack models of one shape and with the same input mean and scale, whose seeds are 0, 1, ... unless given.
 
         Raises:
             AsrKdError: they differ in one of these.
         """
-        ensemble = cls(models[0].shape, range(len(models))).to(models[0].input_mean.device)
+        ensemble = cls(models[0].shape, range(len(models)) if seeds is None else seeds).to(models[0].input_mean.device)
         for k, model in enumerate(models):
             same_inputs = torch.equal(model.input_mean, models[0].input_mean) and torch.equal(model.input_scale, models[0].input_scale)
             if model.shape != models[0].shape or not same_inputs:
@@ -179,4 +179,5 @@ class _Layers(torch.autograd.Function):
                 of_biases.insert(0, gradient.sum(1, keepdim=True).to(ctx.dtype))
                 if layer:
                     gradient = torch.ops.aten.threshold_backward(torch.bmm(gradient, weights[layer].transpose(1, 2)), layer_inputs[layer], 0)
-        return None, None, None, *of_weights, *of_biases
+            of_inputs = torch.bmm(gradient, weights[0].transpose(1, 2)).sum(0).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return of_inputs, None, None, *of_weights, *of_biases

@@ -108,7 +108,7 @@ def run_experiment(settings: Settings, sweep: bool = False) -> dict[str, Any]:
         folder, suffix = (out, "") if own else (out / "sweep" / f"T{temperature:g}", f"_T{temperature:g}")
         soft_targets, soft = prepare_soft_targets(folder / "soft_targets", settings, transfer, teachers, stages["teachers"].fingerprint, temperature)
         student, trained = train_networks("student", folder / "student", settings, transfer, seeds=[seed + 500], epochs=settings.student_epochs, student=True,
-                                          soft_targets=soft_targets, temperature=temperature, inputs={"soft_targets": soft.fingerprint})
+                                          soft_targets=soft_targets, inputs={"soft_targets": soft.fingerprint})
         stages.update({f"soft_targets{suffix}": soft, f"student{suffix}": trained})
         return student, trained
 

@@ -290,7 +290,7 @@ class _RowLosses(torch.autograd.Function):
         others = (None,) * (len(_Rows._fields) + 2)
         if again:  # create_graph: a form that autograd can differentiate again
             return torch.autograd.grad(_row_losses(logits, rows, ctx.settings), logits, weights, create_graph=True)[0], *others
-        many = _is_wrapped(weights)  # several backward passes at once (is_grads_batched)
+        many = torch._C._functorch.is_legacy_batchedtensor(weights) or _is_wrapped(weights)  # several backward passes at once (is_grads_batched)
         if ctx.kernels is not None and not many:
             return ctx.kernels.row_gradients(logits, rows, ctx.settings, weights), *others
         gradient, ctx.gradient = ctx.gradient, None

@@ -74,7 +74,7 @@ class TrainingData:
 
 
 def train_networks(stage: str, folder: Path, settings: Settings, data: TrainingData, *, seeds: list[int], epochs: float, student: bool = False,
-                   soft_targets: SoftTargets | None = None, temperature: float = 1.0, inputs: Mapping[str, str] | None = None) -> tuple[Ensemble, Record]:
+                   soft_targets: SoftTargets | None = None, inputs: Mapping[str, str] | None = None) -> tuple[Ensemble, Record]:
     """Train one network per seed on hard targets, or on soft and hard ones; continue where an earlier run was cut.
 
     Args:
@@ -83,8 +83,9 @@ def train_networks(stage: str, folder: Path, settings: Settings, data: TrainingD
     """
     shape = network_shape(settings, data.num_states, student, soft_targets is not None)
     schedule = ScheduleSettings(learning_rate=settings.learning_rate, max_epochs=epochs)
-    training = TrainingSettings(schedule=schedule, batch_frames=settings.batch_frames, precision=settings.precision, temperature=temperature,
-                                hard_weight=settings.hard_weight)
+    training = TrainingSettings(schedule=schedule, batch_frames=settings.batch_frames, precision=settings.precision)
+    if soft_targets is not None:  # else another hard_weight would be another training of the teachers
+        training = replace(training, hard_weight=settings.hard_weight)
 
     def work(folder: Path) -> None:
         if by_first_process((folder / NETWORKS).is_file):  # cut when only the stage's record was missing
@@ -100,7 +101,7 @@ def train_networks(stage: str, folder: Path, settings: Settings, data: TrainingD
         usable = [k for k, accuracy in enumerate(result.heldout_accuracy) if accuracy >= 0]  # the others diverged before they were ever evaluated
         if len(usable) < len(networks):
             log.error("%s: %d of %d networks diverged at once and are left out; lower learning_rate", stage, len(networks) - len(usable), len(networks))
-            networks = Ensemble.of([networks.member(k) for k in usable])
+            networks = Ensemble.of([networks.member(k) for k in usable], [seeds[k] for k in usable])
         networks.save(folder / NETWORKS)
         (folder / CHECKPOINT).unlink(missing_ok=True)
 

@@ -155,6 +155,7 @@ class SoftTargetStore:
         device: where `batch` gives its tensors. Off the CPU small forms are kept there, so that no batch waits for the host.
 
     Attributes:
+        temperature: that they were made at.
         form: "dense", "compact" or "sparse".
         bytes_per_frame: on disk.
         num_frames: frames in the numbering.
@@ -167,6 +168,7 @@ class SoftTargetStore:
         self._shards = [FrameStore(shard) for shard in _written_shards(Path(folder))]
         for shard in self._shards:
             expected.check(shard.attributes, shard.folder)
+        self.temperature = expected.temperature
         self.form: object = self._shards[0].attributes["form"]
         self.bytes_per_frame = self._shards[0].frames.dtype.itemsize * self._shards[0].frames.shape[1]
         self._device = device
@@ -236,16 +238,17 @@ class OnTheFlyTargets:
 
     def __init__(self, teachers: Teachers, frames: NumberedFrames, temperature: float, mean: Mean = "arithmetic") -> None:
         self.num_frames = int(frames.offsets[-1])
-        self._teachers, self._windows, self._temperature, self._mean = teachers, frames.windows, temperature, mean
+        self.temperature = temperature
+        self._teachers, self._windows, self._mean = teachers, frames.windows, mean
 
     @torch.no_grad()
     def batch(self, frame_indices: Tensor) -> Tensor:
         """Targets of frames (B,): float32 probabilities (B, S)."""
-        return _averaged(self._teachers(self._windows.gather(frame_indices)), self._temperature, self._mean)
+        return _averaged(self._teachers(self._windows.gather(frame_indices)), self.temperature, self._mean)
 
     def of(self, frames: NumberedFrames) -> OnTheFlyTargets:
         """The same targets in the numbering of other `frames`."""
-        return OnTheFlyTargets(self._teachers, frames, self._temperature, self._mean)
+        return OnTheFlyTargets(self._teachers, frames, self.temperature, self._mean)
 
 
 def _shard(folder: Path) -> Path:

@@ -39,7 +39,7 @@ from asr_kd.stage import atomic_path, fingerprint, write_text
 CHECKPOINT = "checkpoint.pt"
 CURVES = "curves.jsonl"
 _CHECK_STEPS = 100  # steps between looks at the losses: a look makes a GPU wait
-_FORMAT = 4  # of checkpoints
+_FORMAT = 5  # of checkpoints
 _NEVER = 2**62
 _PROGRESS = ("epoch", "batch", "step", "epochs", "precision", "best", "curves", "diverged")  # what a checkpoint holds of a trainer as it is
 
@@ -52,6 +52,8 @@ class SoftTargets(Protocol):
     Where that is streamed, `of` gives those of a part of it, in the part's numbering; else it is not needed.
     """
 
+    @property
+    def temperature(self) -> float: ...
     def batch(self, frame_indices: Tensor) -> Tensor | SparseTargets: ...
     def of(self, frames: FrameData) -> SoftTargets: ...
 
@@ -68,7 +70,7 @@ class TrainingSettings:
         weight_decay: of AdamW; 0 is Adam.
         max_grad_norm: each member's gradient is scaled down to this norm.
         precision: "auto", "fp32" or "bf16" matrix products; weights and optimiser state are float32.
-        temperature, hard_weight: of the distillation loss; unused without soft targets.
+        hard_weight: of the distillation loss; unused without soft targets, which bring their temperature.
         checkpoint_interval_s: at most this much work is lost when training is cut, or 20 times what it takes to write a checkpoint; 0:
             one is written as often as the losses are looked at.
     """
@@ -80,7 +82,6 @@ class TrainingSettings:
     weight_decay: float = 0.0
     max_grad_norm: float = 5.0
     precision: str = "auto"
-    temperature: float = 1.0
     hard_weight: float = 0.5
     checkpoint_interval_s: float = 60.0
 
@@ -229,7 +230,7 @@ class _Trainer:
         if self.part_targets is None:
             return hard_losses(logits, targets)
         soft_targets = self.part_targets.batch(frame_indices)
-        temperature, hard_weight = self.settings.temperature, self.settings.hard_weight
+        temperature, hard_weight = self.part_targets.temperature, self.settings.hard_weight
         losses = [distillation_loss(member, soft_targets, targets, temperature=temperature, hard_weight=hard_weight) for member in logits]
         return torch.stack(losses), count_correct(logits.detach(), targets)
 
@@ -300,7 +301,7 @@ class _Trainer:
         settings = {**asdict(self.settings), "checkpoint_interval_s": None}
         order = [self.data.chunk_frames, self.data.part_frames] if isinstance(self.data, StreamedFrames) else []
         return fingerprint([_FORMAT, settings, asdict(self.networks.shape), self.networks.seeds, self.seed, self.data.utt_ids, self.data.num_frames,
-                            self.heldout.utt_ids, self.soft_targets is not None, *order])
+                            self.heldout.utt_ids, None if self.soft_targets is None else self.soft_targets.temperature, *order])
 
     def _save(self) -> None:
         sums = self.sums.over_processes()

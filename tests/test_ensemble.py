@@ -22,10 +22,11 @@ def generators(*seeds: int) -> list[torch.Generator]:
 @given(members=st.integers(1, 4), rows=st.integers(1, 9), layers=st.integers(1, 3), units=st.integers(1, 17))
 def test_outputs_and_gradients_are_those_of_single_models(members: int, rows: int, layers: int, units: int) -> None:
     shape = ModelShape(7, layers, units, 5)
-    ensemble, inputs = Ensemble(shape, range(members)), torch.randn(rows, 7)
+    ensemble, inputs = Ensemble(shape, range(members)), torch.randn(rows, 7, requires_grad=True)
     targets = torch.randint(0, 5, (rows,))
     logits = ensemble(inputs)
     sum(torch.nn.functional.cross_entropy(member, targets) for member in logits).backward()  # type: ignore[union-attr]
+    of_inputs, inputs.grad = inputs.grad, None
     for k in range(members):
         single = AcousticModel(shape, seed=k)
         single_logits = single(inputs)
@@ -34,6 +35,7 @@ def test_outputs_and_gradients_are_those_of_single_models(members: int, rows: in
         for i, layer in enumerate(single.affine):
             torch.testing.assert_close(ensemble.weights[i].grad[k].t(), layer.weight.grad)  # type: ignore[index]
             torch.testing.assert_close(ensemble.biases[i].grad[k, 0], layer.bias.grad)  # type: ignore[index]
+    torch.testing.assert_close(of_inputs, inputs.grad)
 
 
 def test_dropout_gradient_equals_that_of_plain_operations() -> None:

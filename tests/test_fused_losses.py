@@ -112,7 +112,7 @@ class TestOnDevice:
         logits = logits.detach().masked_fill((where < 5) & ~logits.isnan(), masked).requires_grad_()  # a whole block of them, and one more
         soft = soft.masked_fill(where < 5, 0)
         soft /= soft.sum(-1, keepdim=True)
-        indices = where[5:].expand(*soft.shape[:-1], -1)
+        indices = where[4:].expand(*soft.shape[:-1], -1)
         listed = soft.gather(-1, indices)
         hard = hard.clamp(min=5)
         for temperature in (0.7, 1.0, 2.0):

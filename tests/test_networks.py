@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from asr_kd.manifest import Exclusion, write_exclusions
 from asr_kd.model import ModelShape
 from asr_kd.networks import NETWORKS, TrainingData, network_shape, train_networks
 from asr_kd.settings import Settings, make_settings
-from asr_kd.stage import write_json
+from asr_kd.stage import Record, write_json
 from asr_kd.training import TrainingResult
 
 TINY: dict[str, Any] = {"synthetic_minutes": {"train": 1}, "hidden_layers": 1, "hidden_units": 8, "num_mels": 4, "left_context": 0, "right_context": 0,
@@ -50,6 +51,20 @@ def test_networks_are_identified_by_their_weights(data: TrainingData, tmp_path: 
     assert teachers(data, tmp_path)[1] != one
 
 
+def test_another_hard_weight_is_another_student_of_the_same_teachers(data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, list[Any]] = {"teachers": [], "student": []}
+    monkeypatch.setattr(networks, "run_stage", lambda stage, folder, choices, *_, **__: asked[stage].append(choices) or Record(stage, {}, {}, "", 0.0, {}))
+    monkeypatch.setattr(networks, "file_fingerprint", lambda _: "")
+    monkeypatch.setattr(Ensemble, "load", lambda _: Ensemble(ModelShape(4, 1, 8, 3), [1]))
+    for hard_weight in (0.5, 0.25):
+        settings = make_settings(TINY | {"output_folder": str(tmp_path), "hard_weight": hard_weight})
+        soft: Any = SimpleNamespace(temperature=2.0)
+        train_networks("teachers", tmp_path, settings, data, seeds=[1], epochs=1)
+        train_networks("student", tmp_path, settings, data, seeds=[1], epochs=1, student=True, soft_targets=soft)
+    assert asked["teachers"][0] == asked["teachers"][1]
+    assert asked["student"][0] != asked["student"][1]
+
+
 def test_training_that_was_cut_when_only_its_record_was_missing_is_not_repeated(data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def cut(*_: object) -> None:
         raise KeyboardInterrupt
@@ -72,6 +87,7 @@ def test_a_teacher_without_any_training_is_left_out(data: TrainingData, tmp_path
     left, _ = teachers(data, tmp_path)
     fresh = Ensemble(left.shape, [1, 3])
     assert [torch.equal(one, other) for one, other in zip(left.weights, fresh.weights, strict=True)] == [True, True]
+    assert left.seeds == (1, 3)
     assert "1 of 3 networks diverged at once and are left out" in caplog.text
 
 

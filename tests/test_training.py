@@ -66,6 +66,8 @@ def parameters_of(networks: Ensemble) -> list[torch.Tensor]:
 class Smoothed:
     """Soft targets: the hard ones with a tenth of the mass spread."""
 
+    temperature = 2.0
+
     def __init__(self, data: FrameData) -> None:
         self.data = data
 
@@ -89,7 +91,7 @@ def plain_training(seed: int, data: FrameData, steps: int, soft: Smoothed | None
         logits, targets = model(data.windows.gather(batch)), data.targets[batch].long()
         loss = torch.nn.functional.cross_entropy(logits, targets)
         if soft is not None:
-            loss = distillation_loss(logits, soft.batch(batch), targets, temperature=SETTINGS.temperature, hard_weight=SETTINGS.hard_weight)
+            loss = distillation_loss(logits, soft.batch(batch), targets, temperature=soft.temperature, hard_weight=SETTINGS.hard_weight)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)

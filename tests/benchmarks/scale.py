@@ -69,7 +69,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     data = StreamedFrames(features, targets, features.utt_ids, 20, 5, CPU, part_frames=options.part_frames)
     soft_targets = SoftTargetStore(folder / "soft", data, RECORD, CPU)
     heldout = made_up_frames(folder / "heldout", shape, 2400, CPU, seed=1)
-    settings = TrainingSettings(ScheduleSettings(), batch_frames=options.batch, precision=options.precision, temperature=2.0)
+    settings = TrainingSettings(ScheduleSettings(), batch_frames=options.batch, precision=options.precision)
     trainer = _Trainer(Ensemble(shape, [0]), data, heldout, folder, settings, 0, soft_targets)  # type: ignore[arg-type]
     rows.append({"hours": data.num_frames / 360_000, "opened_in_s": time.monotonic() - start, **memory_gb()})
     with precision_context(options.precision, CPU):

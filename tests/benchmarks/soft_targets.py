@@ -41,7 +41,7 @@ class Truncated:
     """The bad example: top k of the dense targets, made to sum to 1, four bytes per entry."""
 
     def __init__(self, dense: SoftTargets, bytes_per_frame: int) -> None:
-        self.dense, self.k = dense, bytes_per_frame // 4
+        self.temperature, self.dense, self.k = dense.temperature, dense, bytes_per_frame // 4
 
     def batch(self, frame_indices: Tensor) -> SparseTargets:
         posteriors = self.dense.batch(frame_indices)
@@ -145,7 +145,7 @@ def compare_forms(teachers: Teachers, data: FrameData, dev: FrameData, shape: Mo
                                       for form in ("dense", "compact", "sparse"))
             forms = {"dense": dense, "compact": compact, "sparse": sparse, "truncated": Truncated(dense, options.bytes_per_frame)}
             for form in options.forms:
-                accuracies = [student_accuracy(data, dev, shape, forms[form], temperature, seed, options) for seed in options.seeds]
+                accuracies = [student_accuracy(data, dev, shape, forms[form], seed, options) for seed in options.seeds]
                 rows.append({"temperature": temperature, "form": form, "bytes_per_frame": dense.bytes_per_frame if form == "dense" else options.bytes_per_frame,
                              "frame_accuracy": accuracies, **noise(dense, forms[form], shape.num_states)})
                 print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
@@ -172,11 +172,11 @@ def noise(dense: SoftTargets, other: SoftTargets, num_states: int) -> dict[str, 
     return {"squared_error": float(error.square().sum(1).mean()), "squared_error_of_mean": float(error.mean(0).square().sum()), **divergence}
 
 
-def student_accuracy(data: FrameData, dev: FrameData, shape: ModelShape, soft_targets: SoftTargets | None, temperature: float, seed: int,
+def student_accuracy(data: FrameData, dev: FrameData, shape: ModelShape, soft_targets: SoftTargets | None, seed: int,
                      options: argparse.Namespace) -> float:
     """Frame accuracy on `dev` after training as long as the options say."""
     settings = TrainingSettings(ScheduleSettings(options.learning_rate, options.epochs, halve_below=-1.0), options.batch, evaluations_per_epoch=1,
-                                heldout_frames=options.dev_frames, precision=options.precision, temperature=temperature)
+                                heldout_frames=options.dev_frames, precision=options.precision)
     student = Ensemble(shape, [seed])
     student.set_input_statistics(*input_statistics(data, options.num_features, 0))
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
@@ -207,7 +207,7 @@ def corpus(options: argparse.Namespace) -> dict[str, Any]:
                                 heldout_frames=options.dev_frames, precision=options.precision)
     with tempfile.TemporaryDirectory(dir=options.scratch) as folder:
         members = train(teachers, data, dev, folder, settings, seed=1000).curves[-1]["heldout_accuracy"]
-    control = student_accuracy(data, dev, shape, None, 1.0, options.seeds[0], options)
+    control = student_accuracy(data, dev, shape, None, options.seeds[0], options)
     return {"teachers_frame_accuracy": members, "hard_targets_frame_accuracy": control, "shape": shape.__dict__, "frames": data.num_frames,
             "dev_frames": dev.num_frames, "epochs": options.epochs, "students": compare_forms(teachers, data, dev, shape, options)}
 

@@ -28,7 +28,7 @@ from tests.benchmarks.measure import best_s, machine, made_up_frames, products_s
 
 def trainer_step(networks: Ensemble, data: FrameData, soft_targets: SoftTargets | None, precision: str, batch: int, folder: Path) -> Callable[[], None]:
     """One step of training per call, on a new batch each time."""
-    settings = TrainingSettings(ScheduleSettings(), batch_frames=batch, precision=precision, temperature=2.0)
+    settings = TrainingSettings(ScheduleSettings(), batch_frames=batch, precision=precision)
     trainer = _Trainer(networks, data, data, folder, settings, 0, soft_targets)
     batches = random_batches(data, batch, 32, data.device)
 
