@@ -127,3 +127,9 @@ def test_training_hours_are_the_same_for_every_teacher(recipe: ModuleType) -> No
     assert len(chosen) == 9
     assert chosen == recipe.training_hours(utterances[::-1], 1.5)
     assert recipe.training_hours(utterances, None) == utterances
+
+
+def test_debug_leaves_no_model_that_would_pass_for_a_trained_one(recipe: ModuleType, corpus: Path, tmp_path: Path) -> None:
+    overrides = [f"--{key}={value}" for key, value in (TINY | {"data_folder": corpus, "output_folder": tmp_path}).items()]
+    recipe.main([str(RECIPE / "hparams" / "train.yaml"), *overrides, "--device=cpu", "--noprogressbar", "--debug"])
+    assert not (tmp_path / recipe.WEIGHTS).exists()

@@ -91,7 +91,7 @@ def teacher_posteriors(teachers: Sequence[nn.Module], features: Tensor, temperat
     return average_teachers((teacher(features) for teacher in teachers), temperature)
 
 
-def load_teachers(model: nn.Module, folders: Sequence[str], device: str) -> list[nn.Module]:
+def load_teachers(model: nn.Module, folders: Sequence[str], device: str | torch.device) -> list[nn.Module]:
     """Models of the same form as `model` with the weights that earlier runs left in `folders`."""
     teachers = []
     for folder in folders:
@@ -150,16 +150,17 @@ def load_data(hparams: dict[str, Any]) -> dict[str, sb.dataio.dataset.DynamicIte
 
 def main(arguments: Sequence[str]) -> None:
     hparams_file, run_opts, overrides = sb.parse_arguments(arguments)
+    sb.utils.distributed.ddp_init_group(run_opts)  # under torchrun
     with open(hparams_file, encoding="utf-8") as file:
         hparams = load_hyperpyyaml(file, overrides)
     sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
     data = load_data(hparams)
-    hparams["teachers"] = load_teachers(hparams["model"], hparams["teachers"], run_opts.get("device", "cpu"))  # distillation
     ensemble = hparams["teachers"] and hparams["number_of_epochs"] == 0
     brain = (Ensemble if ensemble else CTC)(hparams["modules"], hparams["optimizer"], hparams, run_opts, hparams["checkpointer"])
+    brain.hparams.teachers = load_teachers(hparams["model"], hparams["teachers"], brain.device)  # distillation
     brain.fit(hparams["epoch_counter"], data["train"], data["valid"], hparams["train_loader"], hparams["test_loader"])
     brain.evaluate(data["test"], min_key="CER", test_loader_kwargs=hparams["test_loader"])
-    if ensemble:
+    if ensemble or brain.debug:  # two batches of --debug make no model for others
         return
     weights = hparams["model"].state_dict()
     run_on_main(save_file, args=[weights, str(Path(hparams["output_folder"]) / WEIGHTS)])
