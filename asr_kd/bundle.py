@@ -30,12 +30,12 @@ from asr_kd.graph import GRAPH, INFO, WORDS, read_graph_info
 from asr_kd.hmm.model import HmmModel
 from asr_kd.lexicon import Lexicon, read_lexicon
 from asr_kd.model import AcousticModel
-from asr_kd.normalisation import MeanNormalisation, log_posteriors
+from asr_kd.normalisation import LevelSums, MeanNormalisation, log_posteriors
 from asr_kd.progress import progress
 from asr_kd.segments import read_segments
 from asr_kd.stage import atomic_path, file_fingerprint, read_json, write_json
 
-FORMAT = 1
+FORMAT = 2
 BUNDLE = "bundle.json"
 MODEL = "model.safetensors"
 LEXICON = "lexicon.txt"
@@ -139,13 +139,12 @@ def transcribe(bundle: Bundle, path: Path | str) -> tuple[str, ...]:
     Raises:
         AsrKdError: the file is missing, unreadable, without samples, shorter than a window of features, or holds NaN.
     """
-    frame_sum, num_frames = np.zeros(bundle.inputs.fbank.num_mels), 0
+    levels = LevelSums(bundle.inputs.fbank.num_mels)
     for frames in _features(bundle, path):
-        frame_sum += frames.sum(axis=0, dtype=np.float64)
-        num_frames += len(frames)
-    if not num_frames:
+        levels.add(frames)
+    if not len(levels):
         raise AsrKdError(f"{path}: shorter than one window of {bundle.inputs.fbank.window_ms:g} ms; nothing can be recognised, give a longer file")
-    mean = bundle.inputs.normalisation.mean(frame_sum, num_frames)
+    mean = bundle.inputs.normalisation.mean_of(levels)
     words: list[str] = []
     with progress(desc=f"transcribe {Path(path).name}", total=round(audio_duration_s(path)), unit="s") as bar:
         for frames in _features(bundle, path):
@@ -185,7 +184,7 @@ def _inputs_to_json(inputs: InputSettings) -> dict[str, Any]:
     """JSON knows no infinity: there the pseudo-count is null."""
     pseudo_count = inputs.normalisation.pseudo_count_frames
     return {"fbank": asdict(inputs.fbank), "left": inputs.left, "right": inputs.right, "training_mean": inputs.normalisation.training_mean,
-            "pseudo_count_frames": None if math.isinf(pseudo_count) else pseudo_count}
+            "pseudo_count_frames": None if math.isinf(pseudo_count) else pseudo_count, "loud_share": inputs.normalisation.loud_share}
 
 
 def _read_notes(path: Path) -> dict[str, Any]:
@@ -197,7 +196,7 @@ def _read_notes(path: Path) -> dict[str, Any]:
     try:
         inputs = notes["inputs"]
         pseudo_count = math.inf if inputs["pseudo_count_frames"] is None else float(inputs["pseudo_count_frames"])
-        normalisation = MeanNormalisation(tuple(map(float, inputs["training_mean"])), pseudo_count)
+        normalisation = MeanNormalisation(tuple(map(float, inputs["training_mean"])), pseudo_count, float(inputs["loud_share"]))
         return {"inputs": InputSettings(FbankOptions(**inputs["fbank"]), int(inputs["left"]), int(inputs["right"]), normalisation),
                 "decoding": DecodeSettings(**notes["decoding"]), "graph": str(notes["graph"]), "files": dict(notes["files"])}
     except (KeyError, TypeError, ValueError) as error:

@@ -43,7 +43,7 @@ def publish_student(settings: Settings, corpus: Corpus, text: Text, features: Fe
         normalisation = make_normalisation(settings.cmvn, [features.stores[name] for name in in_training], 0.0)
         if settings.cmvn == "speaker":
             splits = [(features.stores[name], targets.stores[name]) for name in in_training]
-            chosen, _ = choose_pseudo_count(network, splits, corpus.tuning, np.asarray(normalisation.training_mean))
+            chosen, _ = choose_pseudo_count(network, splits, corpus.tuning, normalisation)
             normalisation = replace(normalisation, pseudo_count_frames=chosen)
         inputs = InputSettings(FbankOptions(num_mels=settings.num_mels), settings.left_context, settings.right_context, normalisation)
         save_bundle(folder, model, targets.hmm, text.lexicon, recogniser.graph, inputs, recogniser.decoding)

@@ -299,7 +299,7 @@ _MEANS = {"speaker": "Mean of the speaker, as in training", "map": "Mean of the 
 def _normalisation(results: Results) -> Section:
     rows = [[split, _MEANS.get(kind, kind), _rate(row)] for split, kinds in results.get("cost_of_normalisation", {}).items() for kind, row in kinds.items()]
     text = Text("Training and scoring subtract each speaker's mean features. A file from a speaker never seen has no such mean; transcribe uses the mean of "
-                "the file, shrunk to that of the training data when the file is short. Student's WER:")
+                "the file, without its longer pauses, shrunk to that of the training data when the file is short. Student's WER:")
     table = Table(["Split", "Mean that is subtracted", "WER, % (errors / words)"], rows, text_columns=2)
     return Section("Cost of an unseen speaker", [text, table] if rows else [])
 

@@ -6,6 +6,7 @@ import doctest
 import math
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from asr_kd.lexicon import Lexicon
 from asr_kd.lm import estimate_kneser_ney, write_arpa
 from asr_kd.manifest import Utterance
 from asr_kd.model import AcousticModel, ModelShape
-from asr_kd.normalisation import MeanNormalisation, choose_pseudo_count, log_posteriors, make_normalisation, raw_features
+from asr_kd.normalisation import LevelSums, MeanNormalisation, choose_pseudo_count, log_posteriors, make_normalisation, raw_features
 from asr_kd.segments import MAX_SEGMENT_S, MIN_SEGMENT_S, quietest_sample, read_segments
 from asr_kd.stage import read_json, write_json
 
@@ -277,7 +278,7 @@ def test_no_bundle_and_other_format(tones, tmp_path):
     with pytest.raises(AsrKdError, match=r"no bundle\.json here"):
         load_bundle(tmp_path)
     write_json(tmp_path / BUNDLE, read_json(tones.bundle / BUNDLE) | {"format": 99})
-    with pytest.raises(AsrKdError, match="format 99, expected 1"):
+    with pytest.raises(AsrKdError, match="format 99, expected 2"):
         load_bundle(tmp_path)
 
 
@@ -314,6 +315,40 @@ def test_shrunk_mean_and_its_limits():
     assert MeanNormalisation(prior, math.inf).mean(frames.sum(0), 40).tolist() == list(prior)
 
 
+def test_of_quiet_frames_as_many_count_as_in_training():
+    rng = np.random.default_rng(0)
+    loud, quiet = rng.normal(2, 0.3, (80, 3)), rng.normal(-6, 0.3, (200, 3))
+    levels = LevelSums(3).add(loud).add(quiet[:50]).add(quiet[50:])
+    assert (len(levels), levels.num_loud()) == (280, 80)
+    total, number = levels.counted(0.8)
+    assert number == 100
+    loudest = quiet[np.argsort(-np.exp(quiet).sum(1))[:20]]
+    np.testing.assert_allclose(total, loud.sum(0) + loudest.sum(0), atol=20 * normalisation.LEVEL_STEP)  # of one level those that come
+    np.testing.assert_allclose(LevelSums(3).add(loud).add(quiet[:10]).counted(0.8)[0], loud.sum(0) + quiet[:10].sum(0))  # fewer than in training: all
+    zeros = np.full((500, 3), np.log(np.finfo(np.float32).eps))
+    np.testing.assert_allclose(levels.add(zeros).counted(0.8)[0], total)
+    assert LevelSums(3).add(zeros).counted(0.8)[1] == 500
+
+
+def test_share_of_loud_frames_by_hand(tones):
+    loud = total = 0
+    for utt_id in tones.words:
+        level = np.log(np.exp(raw_features(tones.store, utt_id)).mean(1))
+        top = np.sort(level)[-max(1, min(50, len(level) // 4))]
+        loud, total = loud + (level > top - 6.0).sum(), total + len(level)
+    assert tones.inputs.normalisation.loud_share == pytest.approx(loud / total, abs=0.02)
+    assert 0.2 < tones.inputs.normalisation.loud_share < 0.9
+
+
+@pytest.mark.parametrize("pause", ["zeros", "noise"])
+def test_a_long_pause_changes_no_word(tones, bundle, tmp_path, pause):
+    words = SENTENCES[1]
+    noise = {"zeros": 0.0, "noise": 0.003}[pause] * np.random.default_rng(5).standard_normal(30 * RATE)
+    samples = say(words, seed=3)
+    soundfile.write(tmp_path / "a.wav", np.concatenate([0.3 * noise, samples, 0.3 * noise]).astype(np.float32), RATE)
+    assert transcribe(bundle, tmp_path / "a.wav") == words
+
+
 def test_training_mean_is_that_of_all_frames_before_normalisation(tones):
     raw = {utt_id: fbank([soundfile.read(tones.folder / f"{utt_id}.wav", dtype="float32")[0]], OPTIONS)[0].numpy() for utt_id in tones.words}
     np.testing.assert_allclose(normalisation.training_mean([tones.store]), np.concatenate(list(raw.values())).mean(0), atol=1e-3)
@@ -337,7 +372,7 @@ def test_pseudo_count_with_the_most_correct_frames(tones, tmp_path):
     def network(frames):
         return log_posteriors(tones.model, frames, LEFT, RIGHT)
 
-    mean = np.asarray(tones.inputs.normalisation.training_mean)
+    prior = tones.inputs.normalisation
     halves = []
     for number in range(2):  # the speakers may be in several splits; in the second the features of an utterance without states
         stores = []
@@ -347,9 +382,9 @@ def test_pseudo_count_with_the_most_correct_frames(tones, tmp_path):
                     writer.append(utt_id, store[utt_id])
             stores.append(FrameStore(tmp_path / f"{name}{number}"))
         halves.append((stores[0], stores[1]))
-    best, counts = choose_pseudo_count(network, halves, [*tones.words, "without-states"], mean, (0.0, 100.0, math.inf))
+    best, counts = choose_pseudo_count(network, halves, [*tones.words, "without-states"], prior, (0.0, 100.0, math.inf))
     for pseudo_count, count in counts.items():
-        correct = sum(int((network(MeanNormalisation(tuple(mean), pseudo_count)(raw_features(tones.store, u))).argmax(1) == tones.targets[u]).sum())
+        correct = sum(int((network(replace(prior, pseudo_count_frames=pseudo_count)(raw_features(tones.store, u))).argmax(1) == tones.targets[u]).sum())
                       for u in tones.words)
         assert (count.correct, count.frames) == (correct, tones.store.frames.shape[0])
     assert counts[best].correct == max(count.correct for count in counts.values())
