@@ -9,11 +9,13 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 
 from asr_kd import __version__
 from asr_kd.audio import audio_duration_s
+from asr_kd.const_fst import check_const_fst
 from asr_kd.decode import Decoder, DecodeSettings
 from asr_kd.errors import AsrKdError
 from asr_kd.features import FbankOptions, fbank
@@ -34,6 +37,8 @@ from asr_kd.normalisation import LevelSums, MeanNormalisation, log_posteriors
 from asr_kd.progress import progress
 from asr_kd.segments import read_segments
 from asr_kd.stage import atomic_path, file_fingerprint, read_json, write_json
+
+log = logging.getLogger(__name__)
 
 FORMAT = 2
 BUNDLE = "bundle.json"
@@ -71,9 +76,13 @@ class Bundle:
     folder: Path
     model: AcousticModel
     hmm: HmmModel
-    lexicon: Lexicon
     inputs: InputSettings
     decoder: Decoder
+
+    @cached_property
+    def lexicon(self) -> Lexicon:
+        """Pronunciations; the graph holds what recognition needs of them."""
+        return read_lexicon(self.folder / LEXICON)
 
     def log_posteriors(self, frames: NDArray[np.floating]) -> NDArray[np.float32]:
         """(T, F) normalised features -> (T, S) natural log posteriors."""
@@ -126,8 +135,10 @@ def load_bundle(folder: Path | str, device: torch.device | str = "cpu") -> Bundl
     model, hmm, inputs = AcousticModel.load(folder / MODEL), HmmModel.load(folder), notes["inputs"]
     graph_folder = folder / notes["graph"]
     _check_parts(folder, model, hmm, inputs, graph_folder)
+    info, words = read_graph_info(graph_folder)
+    check_const_fst(graph_folder / GRAPH, info["num_state_ids"] + 1, len(words))
     decoder = Decoder(graph_folder, hmm.log_priors, notes["decoding"])
-    return Bundle(folder, model.to(device).eval(), hmm, read_lexicon(folder / LEXICON), inputs, decoder)
+    return Bundle(folder, model.to(device).eval(), hmm, inputs, decoder)
 
 
 def transcribe(bundle: Bundle, path: Path | str) -> tuple[str, ...]:
@@ -146,10 +157,15 @@ def transcribe(bundle: Bundle, path: Path | str) -> tuple[str, ...]:
         raise AsrKdError(f"{path}: shorter than one window of {bundle.inputs.fbank.window_ms:g} ms; nothing can be recognised, give a longer file")
     mean = bundle.inputs.normalisation.mean_of(levels)
     words: list[str] = []
+    segments = unfinished = 0
     with progress(desc=f"transcribe {Path(path).name}", total=round(audio_duration_s(path)), unit="s") as bar:
         for frames in _features(bundle, path):
-            words += bundle.decoder.decode(str(path), bundle.log_posteriors((frames - mean).astype(np.float32))).words
+            found = bundle.decoder.decode(str(path), bundle.log_posteriors((frames - mean).astype(np.float32)))
+            words += found.words
+            segments, unfinished = segments + 1, unfinished + (not found.reached_final)
             bar.update(round(len(frames) * bundle.inputs.fbank.shift_ms / 1000))
+    if unfinished:
+        log.warning("%s: in %d of %d segments the search ended in no final state, their best unfinished words are used", path, unfinished, segments)
     return tuple(words)
 
 

@@ -40,7 +40,7 @@ def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str] |
         print(f"asr-kd: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("asr-kd: interrupted; the same command continues from here", file=sys.stderr)
+        print("asr-kd: interrupted; the same command continues a run", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `asr-kd ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -60,7 +60,7 @@ def _advice(error: Exception) -> str | None:
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or reason}; check the path, its permissions and free space"
     if isinstance(error, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason:  # torch raises RuntimeError
-        return f"memory: {reason}; lower batch_frames, hidden_units or num_teachers"
+        return f"memory: {reason}; lower batch_frames, hidden_units or num_teachers, or prune the language model"
     return None
 
 

@@ -56,6 +56,29 @@ def map_const_fst(path: Path | str) -> ConstFst:
     return ConstFst(start, states, arcs)
 
 
+def check_const_fst(path: Path | str, num_inputs: int, num_outputs: int) -> None:
+    """Look at every state and arc of a file of others: a search follows them without looking.
+
+    Args:
+        num_inputs, num_outputs: labels, 0 included, must lie below these.
+
+    Raises:
+        AsrKdError: a label, state or place of arcs that is out of range; and as `map_const_fst`.
+    """
+    graph = map_const_fst(path)
+    num_states, num_arcs = len(graph.states), len(graph.arcs)
+    fine = 0 <= graph.start < num_states
+    for begin in range(0, num_states, _CHUNK):
+        states = graph.states[begin:begin + _CHUNK]
+        fine &= bool((states["first_arc"].astype(np.int64) + states["num_arcs"] <= num_arcs).all())
+    for begin in range(0, num_arcs, _CHUNK):
+        arcs = graph.arcs[begin:begin + _CHUNK]
+        for name, limit in (("ilabel", num_inputs), ("olabel", num_outputs), ("next_state", num_states)):
+            fine &= bool(((arcs[name] >= 0) & (arcs[name] < limit)).all())
+    if not fine:
+        raise AsrKdError(f"{path}: labels or states out of range; remove it and run the graph stage again")
+
+
 def _read_header(path: Path) -> tuple[int, int, int]:
     try:
         with open(path, "rb") as file:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 
 from asr_kd.errors import AsrKdError
@@ -68,6 +69,11 @@ def _generator(lexicon: Lexicon, missing: Sequence[str]) -> EspeakG2P | None:
         return None
 
 
+def _sounds(mnemonics: Sequence[str]) -> list[str]:
+    """espeak's mnemonics without their marks of stress."""
+    return [mnemonic.lstrip("',%=") for mnemonic in mnemonics]
+
+
 class EspeakG2P:
     """Grapheme-to-phoneme conversion by espeak-ng (General American), one pronunciation per word.
 
@@ -83,23 +89,32 @@ class EspeakG2P:
         self._inventory = frozenset(inventory)
         self._voice = voice
         self._espeak = espeak()
+        self._espeak.set_voice(voice)
+        self._roman = _sounds(self._espeak.phonemes("roman"))
         wanted = {phone for phones in ARPABET.values() for phone in phones.split()}
         self._phone = {(phone, stress): self._nearest(phone, stress) for phone in sorted(wanted) for stress in "012"}
 
     def __call__(self, words: Sequence[str]) -> dict[str, tuple[Pronunciation, ...]]:
-        """Pronunciations of `words`; () where espeak finds none (a word of digits or signs), and for marks such as <unk> or !SIL."""
+        """Pronunciations of `words`; () where espeak finds none (a word of digits or signs), for marks such as <unk> or !SIL, for letters that are
+        not Latin, which espeak names one by one, and for Roman numerals, of which it says that they are Roman."""
         self._espeak.set_voice(self._voice)
         return {word: self._pronounce(word) for word in words}
 
     def _pronounce(self, word: str) -> tuple[Pronunciation, ...]:
-        if word[:1] in "<[({!#" or not any(character.isalpha() for character in word) or any(character.isdigit() for character in word):
+        letters = [character for character in unicodedata.normalize("NFC", word) if character.isalpha()]
+        if word[:1] in "<[({!#" or not letters or any(character.isdigit() for character in word):
+            return ()
+        if not all(unicodedata.name(letter, "").startswith("LATIN") for letter in letters):
             return ()
         phones: list[str] = []
         before = ""
         # lower case, for espeak spells out what it takes for an abbreviation
-        for mnemonic in self._espeak.phonemes(word.lower()):
+        mnemonics = self._espeak.phonemes(unicodedata.normalize("NFC", word).lower())
+        if set(word.upper()) <= set("IVXLCDM") and _sounds(mnemonics)[:len(self._roman)] == self._roman:
+            return ()
+        for mnemonic in mnemonics:
             stress = "1" if mnemonic.startswith("'") else "2" if mnemonic.startswith(",") else "0"
-            arpabet = ARPABET.get(mnemonic.lstrip("',%="))
+            arpabet = ARPABET.get(*_sounds([mnemonic]))
             if arpabet is None:
                 return ()  # a sound of another language
             if arpabet == "R" and before in ("R", "ER"):

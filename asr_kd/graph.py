@@ -214,9 +214,16 @@ def _report_left_out(folder: Path, vocabulary: Sequence[str], lexicon: Lexicon, 
 
 
 def compile_grammar(plain: Path, word_table: Path) -> Any:
-    """G from the copy that `read_vocabulary` made of an ARPA file; what kaldilm does not accept would abort the process. A log is left beside it."""
-    with _native_messages_to(plain.with_name("arpa2fst.log")):
-        text = kaldilm.arpa2fst(str(plain), disambig_symbol="#0", read_symbol_table=str(word_table), max_arpa_warnings=0)
+    """G from the copy that `read_vocabulary` made of an ARPA file; what kaldilm does not accept would abort the process.
+
+    N-grams without their history among the shorter ones cannot be used; they are counted in the log.
+    """
+    messages = plain.with_name("arpa2fst.log")
+    with _native_messages_to(messages):
+        text = kaldilm.arpa2fst(str(plain), disambig_symbol="#0", read_symbol_table=str(word_table), max_arpa_warnings=-1)
+    orphans = messages.read_bytes().count(b"no parent (n-1)-gram exists")
+    if orphans:
+        logger.warning("graph: %d n-grams of the language model are not used, as their histories are not among its shorter n-grams", orphans)
     grammar = kaldifst.compile(text)
     kaldifst.arcsort(grammar, "ilabel")
     return grammar

@@ -129,14 +129,14 @@ def read_lexicon(paths: Path | str | Sequence[Path | str], strip_stress: bool = 
     that begins with `;;;` and what follows a field `#` are comments. A column of probabilities (Kaldi's lexiconp.txt) is
     recognised when every line of the file has one, and is not used: all pronunciations of a word count alike.
     Entries that stand for silence (`!SIL SIL`) are left out and logged, for silence is optional between any two words.
-    Files are UTF-8, or Latin-1 as CMUdict 0.7b is.
+    Files are UTF-8, or Latin-1 as CMUdict 0.7b is, which is logged.
 
     Args:
         paths: files in order of preference; only the order of a word's pronunciations depends on it.
         strip_stress: drop the digits 0, 1, 2 from the end of phones, so that AH0 and AH1 are both AH.
 
     Raises:
-        AsrKdError: a file is missing or holds no entry; a line is malformed (named by file and line number); all entries stand for silence.
+        AsrKdError: a file is missing, holds no entry or is only partly UTF-8; a line is malformed (named by its number); all entries stand for silence.
     """
     pronunciations: dict[str, dict[Pronunciation, None]] = {}  # inner dict: an ordered set
     paths = [paths] if isinstance(paths, str | Path) else paths
@@ -187,7 +187,21 @@ def _decoded(path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return content.decode("latin-1")
+        pass
+    lines = content.split(b"\n")
+    foreign = [number for number, line in enumerate(lines, start=1) if not _is_utf8(line)]
+    if any(not line.isascii() and _is_utf8(line) for line in lines):
+        raise AsrKdError(f"{path}:{foreign[0]}: not UTF-8, expected UTF-8 as in other lines of the file; mend this line ({len(foreign)} such lines)")
+    logger.warning("%s: read as Latin-1, for line %d is not UTF-8", path, foreign[0])
+    return content.decode("latin-1")
+
+
+def _is_utf8(line: bytes) -> bool:
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _is_probability(entry: _Entry) -> bool:

@@ -126,12 +126,12 @@ def librispeech_utterances(split_folder: Path | str) -> tuple[list[Utterance], l
 
 
 def read_manifest(path: Path | str, data_root: Path | str | None = None) -> list[Utterance]:
-    """Rows of a CSV manifest with the columns ID, duration (seconds), wav, spk_id and wrd; others are ignored.
+    """Rows of a CSV manifest with the columns ID, duration (seconds), wav, spk_id and wrd; others are ignored, but for `start` and `stop`.
 
     A relative `wav` is relative to the manifest's folder; `$data_root` or `{data_root}` in it stands for `data_root`.
 
     Raises:
-        AsrKdError: the file cannot be read, a column is missing, a row is broken, or an id occurs twice.
+        AsrKdError: the file cannot be read, a column is missing, a row is broken or a part of a recording, or an id occurs twice.
     """
     path = Path(path)
     try:
@@ -146,6 +146,9 @@ def read_manifest(path: Path | str, data_root: Path | str | None = None) -> list
     missing = [column for column in COLUMNS if column not in columns]
     if missing:
         raise AsrKdError(f"{path}: no column {', '.join(missing)}; found {', '.join(columns) or 'none'}, expected {', '.join(COLUMNS)}")
+    if {"start", "stop"} & {column.lower() for column in columns}:
+        raise AsrKdError(f"{path}: columns start, stop say where utterances lie within recordings, expected one file for each utterance; "
+                         "cut the recordings, or remove the columns if they hold nothing else than whole files")
     utterances = [_from_row(path, line, row, data_root) for line, row in rows]
     check_unique(utterances, where=f"{path}: ")
     return utterances

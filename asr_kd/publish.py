@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 from asr_kd.bundle import InputSettings, save_bundle
 from asr_kd.corpus import Corpus, Text
 from asr_kd.ensemble import Ensemble
-from asr_kd.features import FbankOptions
 from asr_kd.frames import FrameStore
 from asr_kd.normalisation import MeanNormalisation, choose_pseudo_count, log_posteriors, make_normalisation, raw_features
 from asr_kd.recognition import Decoded, Recogniser
 from asr_kd.score import WordErrors, score_split
 from asr_kd.settings import Settings
 from asr_kd.stage import Record, read_json, run_stage, write_json
-from asr_kd.targets import Features, Targets
+from asr_kd.targets import Features, Targets, fbank_options
 
 
 def publish_student(settings: Settings, corpus: Corpus, text: Text, features: Features, targets: Targets, student: Ensemble, student_record: Record,
@@ -45,7 +44,7 @@ def publish_student(settings: Settings, corpus: Corpus, text: Text, features: Fe
             splits = [(features.stores[name], targets.stores[name]) for name in in_training]
             chosen, _ = choose_pseudo_count(network, splits, corpus.tuning, normalisation)
             normalisation = replace(normalisation, pseudo_count_frames=chosen)
-        inputs = InputSettings(FbankOptions(num_mels=settings.num_mels), settings.left_context, settings.right_context, normalisation)
+        inputs = InputSettings(fbank_options(settings), settings.left_context, settings.right_context, normalisation)
         save_bundle(folder, model, targets.hmm, text.lexicon, recogniser.graph, inputs, recogniser.decoding)
         costs = {split: _costs(split, normalisation) for split in corpus.evaluation} if settings.cmvn == "speaker" else {}
         write_json(folder / "cost_of_normalisation.json", costs)

@@ -46,6 +46,9 @@ class Settings:
     lm_order: int = 3
     # features
     num_mels: int = 40
+    sample_rate: int = 16000
+    low_freq_hz: float = 20.0
+    high_freq_hz: float = 0.0
     cmvn: str = "speaker"
     left_context: int = 20
     right_context: int = 5
@@ -274,9 +277,10 @@ _RANGES: tuple[tuple[float, float, str, tuple[str, ...]], ...] = (
     (_ABOVE_0, _LARGEST, "a finite number above 0", ("synthetic_minutes", "teacher_epochs", "learning_rate", "temperature", "sweep_temperatures",
                                                      "student_epochs", "beam", "acoustic_scales")),
     (0, _LARGEST, "a finite number, 0 or more", ("left_context", "right_context", "network_realignments", "hard_weight", "frames_in_memory_gb")),
+    (1000, _LARGEST, "1000 or more", ("sample_rate",)),
     (0, 0.99, "0 to 0.99", ("dropout", "student_dropout")),
     (0, 1e15, "0 to 1e15", ("seed",)),
     (0.5, 2.0, "numbers from 0.5 to 2", ("speeds", "student_speeds")),
-    (-_LARGEST, _LARGEST, "finite numbers", ("word_insertion_penalties",)),
+    (-_LARGEST, _LARGEST, "finite numbers", ("word_insertion_penalties", "low_freq_hz", "high_freq_hz")),
 )
 _TYPES: dict[str, Any] = typing.get_type_hints(Settings)

@@ -82,7 +82,7 @@ def prepare_features(settings: Settings, corpus: Corpus) -> tuple[Features, Reco
     Raises:
         AsrKdError: as `asr_kd.features.extract_features`, or a folder in the way that no stage wrote.
     """
-    options = FbankOptions(num_mels=settings.num_mels)
+    options = fbank_options(settings)
     records, origin = {}, {}
     for name, (split, speed) in store_names(settings, corpus).items():
 
@@ -94,6 +94,11 @@ def prepare_features(settings: Settings, corpus: Corpus) -> tuple[Features, Reco
         origin[name] = (split, speed_prefix(speed))
     stores = {name: FrameStore(settings.output / "features" / name) for name in records}
     return Features(stores, origin, {name: record.fingerprint for name, record in records.items()}), combined("features", records)
+
+
+def fbank_options(settings: Settings) -> FbankOptions:
+    """The filterbank of the features, and of the bundle that is made of a network trained on them."""
+    return FbankOptions(settings.num_mels, settings.sample_rate, low_freq_hz=settings.low_freq_hz, high_freq_hz=settings.high_freq_hz)
 
 
 def store_names(settings: Settings, corpus: Corpus) -> dict[str, tuple[str, float]]:

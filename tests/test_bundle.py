@@ -8,6 +8,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import torch
 from asr_kd import normalisation
 from asr_kd.bundle import BUNDLE, InputSettings, load_bundle, save_bundle, transcribe
 from asr_kd.cli import main
+from asr_kd.const_fst import ARC, map_const_fst
 from asr_kd.decode import DecodeSettings
 from asr_kd.errors import AsrKdError
 from asr_kd.features import FbankOptions, Windows, extract_features, fbank
@@ -30,7 +32,7 @@ from asr_kd.manifest import Utterance
 from asr_kd.model import AcousticModel, ModelShape
 from asr_kd.normalisation import LevelSums, MeanNormalisation, choose_pseudo_count, log_posteriors, make_normalisation, raw_features
 from asr_kd.segments import MAX_SEGMENT_S, MIN_SEGMENT_S, quietest_sample, read_segments
-from asr_kd.stage import read_json, write_json
+from asr_kd.stage import file_fingerprint, read_json, write_json
 
 RATE = 16000
 TONES_HZ = {"A": 300.0, "B": 700.0, "D": 1200.0, "O": 2000.0, "S": 3300.0}
@@ -272,6 +274,31 @@ def test_changed_or_missing_file_is_refused(tones, tmp_path, name):
     os.remove(folder / name)
     with pytest.raises(AsrKdError, match=f"{name}: could not be read"):
         load_bundle(folder)
+
+
+@pytest.mark.parametrize(("name", "value"), [("ilabel", 99), ("ilabel", -1), ("olabel", 99), ("next_state", 10**6)])
+def test_a_graph_that_leads_nowhere_is_refused(tones, tmp_path, name, value):
+    """Its sender gave the fingerprints too; the search would end the process."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(tones.bundle, folder, copy_function=shutil.copyfile)
+    path = folder / "graph" / "HCLG.fst"
+    states, content = len(map_const_fst(path).states), bytearray(path.read_bytes())
+    arcs = np.frombuffer(content, ARC, offset=len(content) - len(map_const_fst(path).arcs) * ARC.itemsize)
+    arcs.flags.writeable = True
+    assert states < 10**6
+    arcs[name][3] = value
+    path.write_bytes(content)
+    notes = read_json(folder / BUNDLE)
+    notes["files"]["graph/HCLG.fst"] = file_fingerprint(path)
+    write_json(folder / BUNDLE, notes)
+    with pytest.raises(AsrKdError, match=r"HCLG\.fst: labels or states out of range"):
+        load_bundle(folder)
+
+
+def test_a_search_without_an_end_is_told(bundle, tones, tmp_path, caplog):
+    narrow = replace(bundle, decoder=SimpleNamespace(decode=lambda *_: SimpleNamespace(words=("BA",), reached_final=False)))
+    assert transcribe(narrow, tones.folder / "loud-1.wav") == ("BA",)
+    assert "loud-1.wav: in 1 of 1 segments the search ended in no final state" in caplog.text
 
 
 def test_no_bundle_and_other_format(tones, tmp_path):

@@ -88,10 +88,10 @@ def test_debug_shows_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(("error", "line"), [
     (PermissionError(13, "Permission denied", "out/record.json"), "out/record.json: Permission denied; check the path, its permissions and free space"),
     (OSError(28, "No space left on device"), "a file: No space left on device; check the path, its permissions and free space"),
-    (MemoryError("Unable to allocate 9 GiB"), "memory: Unable to allocate 9 GiB; lower batch_frames, hidden_units or num_teachers"),
-    (MemoryError(), "memory: exhausted; lower batch_frames, hidden_units or num_teachers"),
+    (MemoryError("Unable to allocate 9 GiB"), "memory: Unable to allocate 9 GiB; lower batch_frames, hidden_units or num_teachers, or prune the language model"),
+    (MemoryError(), "memory: exhausted; lower batch_frames, hidden_units or num_teachers, or prune the language model"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore"),
-     "memory: CUDA out of memory. Tried to allocate 9 GiB.; lower batch_frames, hidden_units or num_teachers"),
+     "memory: CUDA out of memory. Tried to allocate 9 GiB.; lower batch_frames, hidden_units or num_teachers, or prune the language model"),
 ])
 def test_files_and_memory_that_do_not_serve_are_one_line(error: Exception, line: str, capsys: pytest.CaptureFixture[str]) -> None:
     def fail(_: Sequence[str]) -> None:
@@ -105,7 +105,7 @@ def test_files_and_memory_that_do_not_serve_are_one_line(error: Exception, line:
 
 def test_torchs_own_words_for_too_little_memory_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert guarded(lambda _: print(torch.empty(10**15)), []) == 2
-    assert re.fullmatch(r"asr-kd: memory: .*can't allocate memory.*; lower batch_frames, hidden_units or num_teachers\n", capsys.readouterr().err)
+    assert re.fullmatch(r"asr-kd: memory: .*can't allocate memory.*; lower batch_frames, hidden_units or num_teachers, .*\n", capsys.readouterr().err)
 
 
 def test_mistakes_of_the_program_keep_their_traceback() -> None:

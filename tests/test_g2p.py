@@ -49,6 +49,15 @@ def test_words_without_letters_or_with_digits_get_none() -> None:
 
 
 @needs_espeak
+def test_words_that_espeak_would_spell_or_explain_get_none() -> None:
+    words = ["II", "XXIV", "\u65e5\u672c", "\u30a2\u30ea\u30b9", "\u039c\u0391\u039d\u0391", "\u043c\u0438\u0440"]
+    assert EspeakG2P(CMU_PHONES)(words) == dict.fromkeys(words, ())
+    spoken = EspeakG2P(CMU_PHONES)(["ROMAN", "DIM", "MILD", "CAFE\u0301", "CAF\u00c9"])
+    assert all(spoken.values())
+    assert spoken["CAFE\u0301"] == spoken["CAF\u00c9"]
+
+
+@needs_espeak
 def test_stress_digits_where_the_lexicon_has_them() -> None:
     stressed = [phone + digit for phone in CMU_PHONES if phone[0] in "AEIOU" for digit in "012"]
     consonants = [phone for phone in CMU_PHONES if phone[0] not in "AEIOU"]

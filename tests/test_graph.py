@@ -183,6 +183,18 @@ def test_forms_of_arpa_give_the_same_graph(arpa_path: Path, tmp_path: Path, chan
     assert (tmp_path / "odd" / GRAPH).read_bytes() == (tmp_path / "plain" / GRAPH).read_bytes()
 
 
+def test_n_grams_without_their_history_are_counted(arpa_path: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    build_graph(LEXICON, arpa_path, toy_hmm(LEXICON.phones), tmp_path / "whole")
+    assert "not used" not in caplog.text
+    lines = arpa_path.read_text().splitlines(keepends=True)
+    bigrams = [line for line in lines if line.count("\t") == 2 and len(line.split("\t")[1].split()) == 2]
+    gone = next(line for line in bigrams if any(other.split("\t")[1].startswith(line.split("\t")[1] + " ") for other in lines if other.count("\t") == 1))
+    text = "".join(line for line in lines if line != gone)
+    (tmp_path / "lm.arpa").write_text(re.sub(r"ngram 2=(\d+)", lambda found: f"ngram 2={int(found[1]) - 1}", text))
+    build_graph(LEXICON, tmp_path / "lm.arpa", toy_hmm(LEXICON.phones), tmp_path / "graph")
+    assert re.search(r"graph: [1-9] n-grams of the language model are not used", caplog.text)
+
+
 def test_cut_off_or_foreign_graph_is_refused(arpa_path: Path, tmp_path: Path) -> None:
     build_graph(LEXICON, arpa_path, toy_hmm(LEXICON.phones), tmp_path)
     whole = (tmp_path / GRAPH).read_bytes()

@@ -70,8 +70,12 @@ def test_case_is_kept(tmp_path: Path) -> None:
         read_lexicon(path)["THE"]
 
 
-def test_latin_1_windows_line_ends_and_byte_order_mark(tmp_path: Path) -> None:
-    assert "DÉJÀ" in read_lexicon(write(tmp_path, "DÉJÀ  D EY2 ZH AA1\r\n".encode("latin-1")))
+def test_latin_1_windows_line_ends_and_byte_order_mark(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    latin = "A AH\r\nDÉJÀ  D EY2 ZH AA1\r\n".encode("latin-1")
+    assert "DÉJÀ" in read_lexicon(write(tmp_path, latin))
+    assert "read as Latin-1, for line 2 is not UTF-8" in caplog.text
+    with pytest.raises(AsrKdError, match=r":3: not UTF-8, expected UTF-8 as in other lines"):
+        read_lexicon(write(tmp_path, "VOILÀ V W AA L AA\n".encode() + latin))
     assert read_lexicon(write(tmp_path, "\ufeffA AH\r\n\r\nB B IY\r\n".encode())).pronunciations == {"A": (("AH",),), "B": (("B", "IY"),)}
 
 

@@ -215,6 +215,12 @@ def test_broken_manifests_are_errors_that_say_where(tmp_path: Path, text: str, m
         read_manifest(manifest(tmp_path, text))
 
 
+def test_parts_of_recordings_are_refused(tmp_path: Path) -> None:
+    path = manifest(tmp_path, "ID,duration,wav,start,stop,spk_id,wrd\nu1,2.0,a.wav,0,32000,s,HELLO\n")
+    with pytest.raises(AsrKdError, match=r"columns start, stop .* cut the recordings"):
+        read_manifest(path)
+
+
 def test_unreadable_manifests(tmp_path: Path) -> None:
     with pytest.raises(AsrKdError, match=r"none\.csv: not readable as a CSV manifest"):
         read_manifest(tmp_path / "none.csv")

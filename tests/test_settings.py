@@ -73,6 +73,8 @@ BAD_NUMBERS: list[tuple[str, list[object]]] = [
     ("dropout student_dropout", [-0.1, 0.999, 1.0, NAN]),
     ("speeds student_speeds", [[], [1.0, 0], [-1.0], [0.4], [2.1], [NAN], [1.0, 1.0]]),
     ("seed", [-1, 10**16]),
+    ("sample_rate", [0, 999]),
+    ("low_freq_hz high_freq_hz", [NAN, INF]),
     ("word_insertion_penalties", [[], [NAN], [0.0, 0.0]]),
     ("synthetic_minutes", [{}, {"train": 0}, {"train": NAN}]),
 ]

@@ -14,7 +14,7 @@ import soundfile
 
 from asr_kd import networks, targets
 from asr_kd.corpus import Corpus, Text
-from asr_kd.features import extract_features
+from asr_kd.features import FbankOptions, extract_features
 from asr_kd.frames import FrameStore, FrameWriter
 from asr_kd.lexicon import Lexicon
 from asr_kd.manifest import Utterance
@@ -121,6 +121,13 @@ ALL = {"hmm", *(f"{folder}/{name}" for folder in ("features", "targets_0", "targ
 
 def changed(one: dict[str, str], other: dict[str, str]) -> set[str]:
     return {name for name in one if one[name] != other[name]}
+
+
+def test_settings_decide_the_filterbank() -> None:
+    telephone = make_settings({"output_folder": "o", "data_folder": "d", "train_splits": ["t"], "sample_rate": 8000, "low_freq_hz": 100, "high_freq_hz": -200,
+                               "num_mels": 30})
+    assert targets.fbank_options(telephone) == FbankOptions(num_mels=30, sample_rate=8000, low_freq_hz=100, high_freq_hz=-200)
+    assert targets.fbank_options(make_settings({"output_folder": "o", "data_folder": "d", "train_splits": ["t"]})) == FbankOptions()
 
 
 def test_stages_depend_on_what_they_read_alone(dry_run: Any) -> None:
