@@ -88,7 +88,7 @@ def test_debug_shows_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(("error", "line"), [
     (PermissionError(13, "Permission denied", "out/record.json"), "out/record.json: Permission denied; check the path, its permissions and free space"),
     (OSError(28, "No space left on device"), "a file: No space left on device; check the path, its permissions and free space"),
-    (MemoryError("Unable to allocate 9 GiB"), "memory: Unable to allocate 9 GiB; lower batch_frames, hidden_units or num_teachers, or prune the language model"),
+    (MemoryError("no 9 GiB"), "memory: no 9 GiB; lower batch_frames, hidden_units or num_teachers, or prune the language model"),
     (MemoryError(), "memory: exhausted; lower batch_frames, hidden_units or num_teachers, or prune the language model"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore"),
      "memory: CUDA out of memory. Tried to allocate 9 GiB.; lower batch_frames, hidden_units or num_teachers, or prune the language model"),
