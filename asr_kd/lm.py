@@ -22,6 +22,7 @@ from asr_kd.errors import AsrKdError
 from asr_kd.stage import atomic_path
 
 BEGIN, END, UNKNOWN = "<s>", "</s>", "<unk>"
+_UNKNOWNS = (UNKNOWN, "<UNK>")
 MAX_ORDER = 4
 _ZERO = -99.0  # how ARPA writes log10 of 0
 _MAX_LOG10 = 1e-6  # rounding may leave a probability this little above 1
@@ -64,12 +65,13 @@ class Arpa:
     def log10_prob(self, history: Sequence[str], word: str) -> float:
         """log10 P(word | history); only the last order - 1 words of the history count.
 
-        A word outside the vocabulary has the probability of `<unk>`, or -infinity in a model without it; in the history it counts as `<unk>`.
+        A word outside the vocabulary has the probability of `<unk>` (or `<UNK>`), or -infinity in a model without it; in the history it counts as that.
         """
         unigrams = self.ngrams[0]
         ngram = (*tuple(history)[max(0, len(history) - self.order + 1) :], word)
-        if (UNKNOWN,) in unigrams:
-            ngram = tuple(token if (token,) in unigrams else UNKNOWN for token in ngram)
+        unknown = next((mark for mark in _UNKNOWNS if (mark,) in unigrams), None)
+        if unknown is not None:
+            ngram = tuple(token if (token,) in unigrams else unknown for token in ngram)
         elif (word,) not in unigrams:
             return -math.inf
         backoff = 0.0

@@ -195,6 +195,7 @@ def test_bad_text_is_refused(sentences: list[tuple[str, ...]], order: int, messa
 def test_unknown_word_without_unk() -> None:
     assert Arpa(({("</s>",): (0.0, 0.0)},)).log10_prob((), "Z") == -math.inf
     assert Arpa(({("</s>",): (-0.1, 0.0), ("<unk>",): (-0.7, 0.0)},)).log10_prob((), "Z") == -0.7
+    assert Arpa(({("</s>",): (-0.1, 0.0), ("<UNK>",): (-0.6, 0.0)},)).log10_prob((), "Z") == -0.6
 
 
 def test_unknown_words_of_the_history_count_as_unk() -> None:
