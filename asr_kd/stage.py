@@ -180,13 +180,18 @@ def _begin(folder: Path, wanted: dict[str, Any]) -> float:
     """Prepare the folder, keeping what a cut-off run of the same left there; the seconds that it spent."""
     _check_ours(folder, wanted["stage"])
     started = _read_if_whole(folder / STARTED)
-    spent = float(started.pop("seconds", 0.0)) if started else 0.0
+    spent = float(started.pop("seconds", 0.0)) + _seconds_of_killed(folder) if started else 0.0
     if started != wanted:
         _remove(folder)
         spent = 0.0
     (folder / RECORD).unlink(missing_ok=True)
     write_json(folder / STARTED, {**wanted, "seconds": spent})
     return spent
+
+
+def _seconds_of_killed(folder: Path) -> float:
+    """How long a run that was killed, and so noted no time, is known to have worked here: from its beginning to the last file that it wrote."""
+    return max(0.0, max(path.stat().st_mtime for path in folder.rglob("*")) - (folder / STARTED).stat().st_mtime)
 
 
 def _check_ours(folder: Path, stage: str) -> None:

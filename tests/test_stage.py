@@ -106,6 +106,19 @@ def test_time_is_added_over_cut_off_runs(tmp_path: Path, monkeypatch: pytest.Mon
     assert run_stage("toy", tmp_path / "s", {}, {}, work).seconds == 12.0
 
 
+def test_the_time_of_a_killed_run_counts_up_to_its_last_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Work()
+    work.stop_before = "b"
+    with monkeypatch.context() as killed:
+        killed.setattr(module, "_note_time", lambda *_: None)
+        with pytest.raises(KeyboardInterrupt):
+            run_stage("toy", tmp_path / "s", {}, {}, work)
+    os.utime(tmp_path / "s" / "started.json", (1000.0, 1000.0))
+    os.utime(tmp_path / "s" / "a", (1060.0, 1060.0))
+    work.stop_before = None
+    assert 60.0 <= run_stage("toy", tmp_path / "s", {}, {}, work).seconds < 65.0
+
+
 @pytest.mark.parametrize("damage", ["missing", "cut"])
 def test_a_file_lost_later_is_noticed(tmp_path: Path, damage: str) -> None:
     run_stage("toy", tmp_path / "s", {}, {}, Work())
