@@ -101,7 +101,8 @@ class EspeakG2P:
         return {word: self._pronounce(word) for word in words}
 
     def _pronounce(self, word: str) -> tuple[Pronunciation, ...]:
-        letters = [character for character in unicodedata.normalize("NFC", word) if character.isalpha()]
+        word = unicodedata.normalize("NFC", word)
+        letters = [character for character in word if character.isalpha()]
         if word[:1] in "<[({!#" or not letters or any(character.isdigit() for character in word):
             return ()
         if not all(unicodedata.name(letter, "").startswith("LATIN") for letter in letters):
@@ -109,12 +110,13 @@ class EspeakG2P:
         phones: list[str] = []
         before = ""
         # lower case, for espeak spells out what it takes for an abbreviation
-        mnemonics = self._espeak.phonemes(unicodedata.normalize("NFC", word).lower())
-        if set(word.upper()) <= set("IVXLCDM") and _sounds(mnemonics)[:len(self._roman)] == self._roman:
+        mnemonics = self._espeak.phonemes(word.lower())
+        sounds = _sounds(mnemonics)
+        if set(word.upper()) <= set("IVXLCDM") and sounds[:len(self._roman)] == self._roman:
             return ()
-        for mnemonic in mnemonics:
+        for mnemonic, sound in zip(mnemonics, sounds, strict=True):
             stress = "1" if mnemonic.startswith("'") else "2" if mnemonic.startswith(",") else "0"
-            arpabet = ARPABET.get(*_sounds([mnemonic]))
+            arpabet = ARPABET.get(sound)
             if arpabet is None:
                 return ()  # a sound of another language
             if arpabet == "R" and before in ("R", "ER"):
