@@ -142,7 +142,7 @@ class _Layers(torch.autograd.Function):
     """Affine layers with ReLU and dropout between them: inputs (N, in), per hidden layer a mask or None, dropout's rescaling, weights, biases.
 
     Written as one function so that nothing but the products passes over activations more often than it must: dropout is a bitwise
-    AND, its rescaling goes into the weights, and the zeros that ReLU and dropout leave serve both in the backward pass. Under autocast
+    AND, its rescaling goes into the products, and the zeros that ReLU and dropout leave serve both in the backward pass. Under autocast
     the products are in its type.
     """
 
@@ -151,18 +151,17 @@ class _Layers(torch.autograd.Function):
         kind, half = inputs.device.type, len(parameters) // 2
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameters[0].dtype
         with torch.autocast(kind, enabled=False):
-            # units come unscaled out of every hidden layer
-            weights = [(weight if scale == 1.0 or layer == 0 else weight * scale).to(dtype) for layer, weight in enumerate(parameters[:half])]
-            layer_inputs = [inputs.to(dtype).expand(len(weights[0]), -1, -1)]  # (K, N, in), not copied
-            for weight, bias, mask in zip(weights[:-1], parameters[half:-1], masks, strict=True):
-                hidden = torch.baddbmm(bias.to(dtype), layer_inputs[-1], weight).relu_()  # (K, N, hidden_units)
+            weights, biases = [weight.to(dtype) for weight in parameters[:half]], [bias.to(dtype) for bias in parameters[half:]]
+            layer_inputs = [inputs.to(dtype).expand(len(weights[0]), -1, -1)]  # (K, N, in), not copied; units come unscaled out of every hidden layer
+            for layer, mask in enumerate(masks):
+                hidden = torch.baddbmm(biases[layer], layer_inputs[layer], weights[layer], alpha=scale if layer else 1.0).relu_()  # (K, N, hidden_units)
                 if mask is not None:
                     bits = _INTEGERS[hidden.element_size()]
                     hidden.view(bits).bitwise_and_(mask.to(bits))
                 layer_inputs.append(hidden)
             ctx.scale, ctx.dtype = scale, parameters[0].dtype
             ctx.save_for_backward(*weights, *layer_inputs)
-            return torch.baddbmm(parameters[-1].to(dtype), layer_inputs[-1], weights[-1])  # (K, N, S)
+            return torch.baddbmm(biases[-1], layer_inputs[-1], weights[-1], alpha=scale)  # (K, N, S)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -174,10 +173,16 @@ class _Layers(torch.autograd.Function):
         (gradient,) = gradients  # (K, N, S)
         with torch.autocast(gradient.device.type, enabled=False):
             for layer in reversed(range(half)):
-                of_weight = torch.bmm(layer_inputs[layer].transpose(1, 2), gradient).to(ctx.dtype)
-                of_weights.insert(0, of_weight if layer == 0 or ctx.scale == 1.0 else of_weight.mul_(ctx.scale))
+                scale = ctx.scale if layer else 1.0
+                of_weights.insert(0, _scaled_product(layer_inputs[layer].transpose(1, 2), gradient, scale).to(ctx.dtype))
                 of_biases.insert(0, gradient.sum(1, keepdim=True).to(ctx.dtype))
                 if layer:
-                    gradient = torch.ops.aten.threshold_backward(torch.bmm(gradient, weights[layer].transpose(1, 2)), layer_inputs[layer], 0)
+                    of_units = _scaled_product(gradient, weights[layer].transpose(1, 2), scale)  # (K, N, hidden_units)
+                    gradient = torch.ops.aten.threshold_backward(of_units, layer_inputs[layer], 0)
             of_inputs = torch.bmm(gradient, weights[0].transpose(1, 2)).sum(0).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         return of_inputs, None, None, *of_weights, *of_biases
+
+
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """`scale` times the batched product, without a pass of its own for the scale."""
+    return torch.baddbmm(left.new_empty(1, 1, 1), left, right, beta=0, alpha=scale)  # with beta 0 the first argument is not read

@@ -118,7 +118,7 @@ def run_experiment(settings: Settings, sweep: bool = False) -> dict[str, Any]:
                                                 student=True)
 
     # words: scales are chosen on the tuning speakers by one teacher, and kept for all systems
-    stages["graph"] = prepare_graph(settings, text, targets.hmm, data.inputs["targets"])
+    stages["graph"] = prepare_graph(settings, corpus, text, targets, data.inputs["targets"])
     first = Ensemble.of([teachers.member(0)])
     recogniser, stages["tuning"] = tune_decoding(settings, stages["graph"], targets.hmm, first, stages["teachers"].fingerprint,
                                                  features.windows(settings, corpus.tuning), corpus)

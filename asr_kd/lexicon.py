@@ -127,7 +127,7 @@ def read_lexicon(paths: Path | str | Sequence[Path | str], strip_stress: bool = 
 
     A line is `WORD P1 P2 ...` (Kaldi) or CMUdict's, where `WORD(1)`, `WORD(2)` are further pronunciations of WORD, a line
     that begins with `;;;` and what follows a field `#` are comments. A column of probabilities (Kaldi's lexiconp.txt) is
-    recognised when every line of the file has one, and is not used: all pronunciations of a word count alike.
+    recognised when every line of the file has one, and is not used: the graph has its own from the aligned training speech.
     Entries that stand for silence (`!SIL SIL`) are left out and logged, for silence is optional between any two words.
     Files are UTF-8, or Latin-1 as CMUdict 0.7b is, which is logged.
 

@@ -17,7 +17,7 @@ from asr_kd.graph import GraphSettings, build_graph
 from asr_kd.hmm.model import HmmModel
 from asr_kd.settings import Settings
 from asr_kd.stage import Record, read_json, run_stage, write_json
-from asr_kd.targets import Features
+from asr_kd.targets import Features, Targets
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +44,16 @@ class Recogniser:
         return decode(self.graph, utterances, self.hmm.log_priors, self.decoding, self.num_jobs, total)
 
 
-def prepare_graph(settings: Settings, text: Text, hmm: HmmModel, hmm_fingerprint: str) -> Record:
-    """Build the decoding graph."""
+def prepare_graph(settings: Settings, corpus: Corpus, text: Text, targets: Targets, targets_fingerprint: str) -> Record:
+    """Build the decoding graph; how probable a word's pronunciations are is counted in the aligned training speech."""
     choices = GraphSettings()
 
     def work(folder: Path) -> None:
-        build_graph(text.lexicon, text.arpa, hmm, folder, choices)
+        words = corpus.words
+        counts = targets.pronunciation_counts({utt_id: words[utt_id] for utt_id in corpus.train})
+        build_graph(text.lexicon, text.arpa, targets.hmm, folder, choices, counts)
 
-    return run_stage("graph", settings.output / "graph", asdict(choices), {"text": text.fingerprint, "hmm": hmm_fingerprint}, work)
+    return run_stage("graph", settings.output / "graph", asdict(choices), {"text": text.fingerprint, "hmm": targets_fingerprint}, work)
 
 
 def tune_decoding(settings: Settings, graph: Record, hmm: HmmModel, network: Ensemble, network_fingerprint: str, windows: Windows,

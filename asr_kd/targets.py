@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,10 +18,11 @@ from asr_kd.errors import AsrKdError
 from asr_kd.evaluation import log_posteriors
 from asr_kd.features import FbankOptions, Windows, extract_features
 from asr_kd.frames import FrameStore, FrameWriter
-from asr_kd.hmm.align import align, align_with_network, with_state_priors
+from asr_kd.hmm.align import Segments, align, align_with_network, with_state_priors
 from asr_kd.hmm.aligner import Aligner
 from asr_kd.hmm.model import HmmModel
 from asr_kd.hmm.train import GmmHmmSettings, train_gmm_hmm
+from asr_kd.lexicon import Pronunciation
 from asr_kd.manifest import Utterance
 from asr_kd.settings import Settings
 from asr_kd.stage import Record, combined, fingerprint, run_stage
@@ -74,6 +77,16 @@ class Targets:
     stores: dict[str, FrameStore]
     hmm: HmmModel
     fingerprints: dict[str, str]
+
+    def pronunciation_counts(self, transcripts: Words) -> Counter[tuple[str, Pronunciation]]:
+        """How often words were aligned to which of their pronunciations in some utterances; those without alignment count nothing."""
+        counts: Counter[tuple[str, Pronunciation]] = Counter()
+        for store in self.stores.values():
+            aligned = transcripts.keys() & store.utt_ids
+            if aligned:  # never in copies at other speeds, which have no segments
+                segments = Segments(store.folder)
+                counts.update(itertools.chain.from_iterable(segments.pronunciations(utt_id, transcripts[utt_id]) for utt_id in aligned))
+        return counts
 
 
 def prepare_features(settings: Settings, corpus: Corpus) -> tuple[Features, Record]:

@@ -33,18 +33,21 @@ WIDE = DecodeSettings(acoustic_scale=0.5, beam=1000.0, max_active=1_000_000)
 # A and AY: one begins with the other; RED and READ: homophones, and READ has a second pronunciation
 LEXICON = Lexicon({"A": (("A",),), "AY": (("A", "Y"),), "RED": (("R", "E"),), "READ": (("R", "E"), ("R", "Y"))})
 TEXT = [("A", "RED"), ("READ", "A"), ("A", "AY"), ("RED", "A"), ("RED",), ("AY", "READ", "A")]
+SEEN = {("READ", ("R", "E")): 1, ("READ", ("R", "Y")): 6}
+PROBABILITIES = {("READ", ("R", "E")): 2 / 9, ("READ", ("R", "Y")): 7 / 9}  # of these counts, each with one more
 TOLERANCE = 0.02  # minimisation rounds weights to 1/1024
 
 
 class Toy:
-    """Graph folder, model and language model of the toy task."""
+    """Graph folder, model and language model of the toy task; an odd one has seen pronunciations."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder = folder
+        counts, self.probabilities = (SEEN, PROBABILITIES) if seed % 2 else (None, {})
         self.hmm: HmmModel = toy_hmm(LEXICON.phones, seed=seed)
         self.arpa: Arpa = estimate_kneser_ney(TEXT, order=2)
         write_arpa(self.arpa, folder / "lm.arpa.gz")
-        build_graph(LEXICON, folder / "lm.arpa.gz", self.hmm, folder / "graph")
+        build_graph(LEXICON, folder / "lm.arpa.gz", self.hmm, folder / "graph", counts=counts)
 
     def posteriors(self, num_frames: int, seed: int) -> NDArray[np.float32]:
         logits = 2 * np.random.default_rng(seed).standard_normal((num_frames, self.hmm.num_states))
@@ -65,7 +68,7 @@ def toy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.parametrize(("num_frames", "seed"), [(3, 1), (7, 2), (10, 3), (12, 4)])
 def test_finds_the_path_of_exhaustive_search(toy: Toy, num_frames: int, seed: int) -> None:
     log_posteriors = toy.posteriors(num_frames, seed)
-    plain = exhaustive_search(LEXICON, toy.arpa, toy.hmm, toy.frame_costs(log_posteriors, 0.5))
+    plain = exhaustive_search(LEXICON, toy.arpa, toy.hmm, toy.frame_costs(log_posteriors, 0.5), toy.probabilities)
     for penalty in (0.0, 1.5, -1.0):
         found = toy.decoder(DecodeSettings(0.5, penalty, WIDE.beam, WIDE.max_active)).decode("utt", log_posteriors)
         costs = {words: cost + penalty * len(words) for words, cost in plain.items()}

@@ -215,6 +215,8 @@ def test_mismatches_are_refused(arpa_path: Path, tmp_path: Path) -> None:
         build_graph(Lexicon({"red": (("R", "E"),)}), arpa_path, toy_hmm(LEXICON.phones), tmp_path)
     with pytest.raises(AsrKdError, match="silence probability 1, expected"):
         build_graph(LEXICON, arpa_path, toy_hmm(LEXICON.phones), tmp_path, GraphSettings(silence_probability=1.0))
+    with pytest.raises(AsrKdError, match="pseudo count 0, expected more than 0"):
+        build_graph(LEXICON, arpa_path, toy_hmm(LEXICON.phones), tmp_path, GraphSettings(pseudo_count=0.0))
     (tmp_path / "cut.arpa").write_text(re.sub(r"\\end\\\n$", "", arpa_path.read_text()))
     with pytest.raises(AsrKdError, match=r"cut\.arpa: cut off"):
         build_graph(LEXICON, tmp_path / "cut.arpa", toy_hmm(LEXICON.phones), tmp_path)

@@ -75,6 +75,7 @@ def test_targets_are_states_of_the_phones_in_their_context(spoken: Spoken, train
     align(aligner, store, one, speakers, LEXICON, tmp_path)
     hmm, targets, segments = aligner.hmm, FrameStore(tmp_path), Segments(tmp_path)
     for utt_id in one:
+        assert segments.pronunciations(utt_id, words[utt_id]) == [(word, LEXICON[word][0]) for word in words[utt_id]]
         ids = np.array([EDGE, *(hmm.phones.index(phone) + 1 for phone, _, _ in segments.phones(utt_id)), EDGE])
         wanted = hmm.state_ids(ids[:-2], ids[1:-1], ids[2:]).reshape(-1)
         assert [state for state, _ in itertools.groupby(targets[utt_id].tolist())] == [state for state, _ in itertools.groupby(wanted.tolist())]

@@ -14,14 +14,17 @@ import soundfile
 
 from asr_kd import networks, targets
 from asr_kd.corpus import Corpus, Text
+from asr_kd.errors import AsrKdError
 from asr_kd.features import FbankOptions, extract_features
 from asr_kd.frames import FrameStore, FrameWriter
+from asr_kd.hmm.align import SEGMENTS
+from asr_kd.hmm.model import untied_model
 from asr_kd.lexicon import Lexicon
 from asr_kd.manifest import Utterance
 from asr_kd.networks import TrainingData
 from asr_kd.settings import make_settings
 from asr_kd.stage import Record
-from asr_kd.targets import prepare_features, prepare_targets, realign, stretch_targets
+from asr_kd.targets import Targets, prepare_features, prepare_targets, realign, stretch_targets
 
 RATE = 16000
 
@@ -153,3 +156,23 @@ def test_another_pronunciation_aligns_again_what_holds_the_word(dry_run: Any) ->
     for word, phone, expected in (("SAT", "S", {"targets_0/dev", "targets/dev"}), ("CAT", "K", ALL - features - {"targets/dev"})):
         other = replace(TEXT, lexicon=Lexicon(TEXT.lexicon.pronunciations | {word: ((phone,),)}))
         assert changed(before, dry_run(corpus, other)) == expected
+
+
+def test_pronunciations_are_counted_where_the_aligner_found_them(tmp_path: Path) -> None:
+    lexicon = Lexicon({"A": (("AH",), ("EY",)), "TEA": (("T", "IY"),)})
+    hmm = untied_model(("SIL", *lexicon.phones))
+    phones = {phone: number for number, phone in enumerate(hmm.phones, start=1)}
+    rows = [[("SIL", -1), ("EY", 0), ("T", 1), ("IY", 1), ("AH", 2), ("SIL", -1)], [("AH", 0), ("EY", 1)]]
+    for split, utt_ids in (("train", ("one", "two")), ("train-sp0.9", ("sp0.9-one",))):
+        with FrameWriter(tmp_path / split, (), np.int32) as writer:
+            for utt_id in utt_ids:
+                writer.append(utt_id, np.zeros(9, np.int32))
+    with FrameWriter(tmp_path / "train" / SEGMENTS, (4,), np.int32, {"phones": list(hmm.phones)}) as writer:
+        for utt_id, own in zip(("one", "two"), rows, strict=True):
+            writer.append(utt_id, np.array([[phones[phone], word, start, start + 1] for start, (phone, word) in enumerate(own)], np.int32))
+    found = Targets({split: FrameStore(tmp_path / split) for split in ("train", "train-sp0.9")}, hmm, {})
+    transcripts = {"one": ("A", "TEA", "A"), "two": ("A", "A"), "lost": ("TEA",)}
+    assert found.pronunciation_counts(transcripts) == {("A", ("EY",)): 2, ("A", ("AH",)): 2, ("TEA", ("T", "IY")): 1}
+    assert found.pronunciation_counts({"one": transcripts["one"]}) == {("A", ("EY",)): 1, ("A", ("AH",)): 1, ("TEA", ("T", "IY")): 1}
+    with pytest.raises(AsrKdError, match="two: 1 words in the transcript, 2 in the alignment"):
+        found.pronunciation_counts({"two": ("A",)})

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from asr_kd.hmm.model import HmmModel
-from asr_kd.lexicon import Lexicon
+from asr_kd.lexicon import Lexicon, Pronunciation
 from asr_kd.lm import Arpa
 
 LOG10 = math.log(10)
@@ -27,11 +27,18 @@ def toy_hmm(phones: Sequence[str], num_states: int = 40, seed: int = 0) -> HmmMo
     return HmmModel(names, table, *(np.log(p).astype(np.float32) for p in (loop, 1 - loop)), math.log(0.3), np.log(priors).astype(np.float32))
 
 
-def phone_sequences(words: Sequence[str], lexicon: Lexicon, hmm: HmmModel) -> Iterator[tuple[list[int], float]]:
-    """Every pronunciation of a word sequence with every placement of silences: phone ids and cost (variants uniform)."""
+Probabilities = Mapping[tuple[str, Pronunciation], float]
+
+
+def phone_sequences(words: Sequence[str], lexicon: Lexicon, hmm: HmmModel, probabilities: Probabilities) -> Iterator[tuple[list[int], float]]:
+    """Every pronunciation of a word sequence with every placement of silences: phone ids and cost.
+
+    Pronunciations that `probabilities` does not name are as probable as a word's others.
+    """
     silence = math.exp(hmm.log_optional_silence)
     gaps = [((), -math.log(1 - silence)), ((1,), -math.log(silence))]
-    variants = [[(tuple(hmm.phones.index(phone) + 1 for phone in variant), math.log(len(lexicon[word]))) for variant in lexicon[word]] for word in words]
+    variants = [[(tuple(hmm.phones.index(phone) + 1 for phone in variant), -math.log(probabilities.get((word, variant), 1 / len(lexicon[word]))))
+                 for variant in lexicon[word]] for word in words]
     parts = [gaps, *itertools.chain.from_iterable((variant, gaps) for variant in variants)]
     for choice in itertools.product(*parts):
         yield list(itertools.chain.from_iterable(phones for phones, _ in choice)), sum(cost for _, cost in choice)
@@ -67,7 +74,7 @@ def alignment_cost(states: Sequence[int], frame_costs: NDArray[np.float64], hmm:
 
 
 def exhaustive_search(
-    lexicon: Lexicon, arpa: Arpa, hmm: HmmModel, frame_costs: NDArray[np.float64], transition_scale: float = 0.1
+    lexicon: Lexicon, arpa: Arpa, hmm: HmmModel, frame_costs: NDArray[np.float64], probabilities: Probabilities, transition_scale: float = 0.1
 ) -> dict[tuple[str, ...], float]:
     """Cost of every word sequence that fits the frames."""
     costs: dict[tuple[str, ...], float] = {}
@@ -75,7 +82,7 @@ def exhaustive_search(
     for length in range(longest + 1):
         for words in itertools.product(lexicon, repeat=length):
             found = min((cost + alignment_cost(state_sequence(phones, hmm), frame_costs, hmm, transition_scale)
-                         for phones, cost in phone_sequences(words, lexicon, hmm) if 0 < 3 * len(phones) <= len(frame_costs)), default=math.inf)
+                         for phones, cost in phone_sequences(words, lexicon, hmm, probabilities) if 0 < 3 * len(phones) <= len(frame_costs)), default=math.inf)
             if math.isfinite(found):
                 costs[words] = language_model_cost(words, arpa) + found
     return costs

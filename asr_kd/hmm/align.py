@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import operator
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +22,7 @@ from asr_kd.hmm.corpus import Aligned, Alignments, Graphs, Pronouncer, Scores, a
 from asr_kd.hmm.features import Features, joined
 from asr_kd.hmm.frontend import Frontend
 from asr_kd.hmm.model import HmmModel, split_codes
+from asr_kd.lexicon import Pronunciation
 from asr_kd.manifest import Exclusion, write_exclusions
 from asr_kd.precision import precision_context
 from asr_kd.stage import fingerprint
@@ -194,11 +197,22 @@ class Segments:
         Raises:
             AsrKdError: the transcript has another number of words than the alignment.
         """
-        rows = self._store[utt_id].astype(np.int64)
-        positions = rows[:, 1][rows[:, 1] >= 0]
-        if len(np.unique(positions)) != len(transcript):
-            raise AsrKdError(f"{utt_id}: {len(transcript)} words in the transcript, {len(np.unique(positions))} in the alignment; run the align stage again")
-        return [(word, int(own[0, 2]), int(own[-1, 3])) for w, word in enumerate(transcript) for own in [rows[rows[:, 1] == w]]]
+        return [(word, own[0][2], own[-1][3]) for word, own in zip(transcript, self._rows_of_words(utt_id, transcript), strict=True)]
+
+    def pronunciations(self, utt_id: str, transcript: Sequence[str]) -> list[tuple[str, Pronunciation]]:
+        """(word, phones that it was aligned to) of an utterance; errors as of `words`."""
+        rows_of_words = self._rows_of_words(utt_id, transcript)
+        return [(word, tuple(self._phones[row[0] - 1] for row in own)) for word, own in zip(transcript, rows_of_words, strict=True)]
+
+    def _rows_of_words(self, utt_id: str, transcript: Sequence[str]) -> list[list[list[int]]]:
+        """What `segment_rows` found of each word."""
+        found: list[list[list[int]]] = []
+        for word, rows in itertools.groupby(self._store[utt_id].tolist(), key=operator.itemgetter(1)):
+            if word >= 0:
+                found.append(list(rows))
+        if len(found) != len(transcript):
+            raise AsrKdError(f"{utt_id}: {len(transcript)} words in the transcript, {len(found)} in the alignment; run the align stage again")
+        return found
 
 
 def with_state_priors(hmm: HmmModel, targets: Iterable[FrameStore], utt_ids: Iterable[str]) -> HmmModel:
