@@ -33,8 +33,8 @@ WIDE = DecodeSettings(acoustic_scale=0.5, beam=1000.0, max_active=1_000_000)
 # A and AY: one begins with the other; RED and READ: homophones, and READ has a second pronunciation
 LEXICON = Lexicon({"A": (("A",),), "AY": (("A", "Y"),), "RED": (("R", "E"),), "READ": (("R", "E"), ("R", "Y"))})
 TEXT = [("A", "RED"), ("READ", "A"), ("A", "AY"), ("RED", "A"), ("RED",), ("AY", "READ", "A")]
-SEEN = {("READ", ("R", "E")): 1, ("READ", ("R", "Y")): 6}
-PROBABILITIES = {("READ", ("R", "E")): 2 / 9, ("READ", ("R", "Y")): 7 / 9}  # of these counts, each with one more
+SEEN = {("READ", ("R", "Y")): 98}
+PROBABILITIES = {("READ", ("R", "E")): 1 / 100, ("READ", ("R", "Y")): 99 / 100}  # of these counts, each with one more
 TOLERANCE = 0.02  # minimisation rounds weights to 1/1024
 
 

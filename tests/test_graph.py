@@ -18,7 +18,7 @@ from toy_graph import toy_hmm
 
 from asr_kd.const_fst import ConstFst, ConstFstWriter, copy_with_word_cost, map_const_fst
 from asr_kd.errors import AsrKdError
-from asr_kd.graph import GRAPH, GraphSettings, build_graph, compile_grammar, disambiguation_numbers, read_graph_info
+from asr_kd.graph import GRAPH, GraphSettings, PronunciationCounts, build_graph, compile_grammar, disambiguation_numbers, lexicon_fst_text, read_graph_info
 from asr_kd.hclg import write_hclg
 from asr_kd.hmm.model import untied_model
 from asr_kd.lexicon import Lexicon
@@ -65,6 +65,20 @@ def test_labels_are_state_ids_and_every_state_loops(arpa_path: Path, tmp_path: P
     assert all(len(labels) <= 1 for labels in entered.values())  # an HMM state is entered by its own label only
     assert len(loops) == sum(bool(labels) for labels in entered.values())
     assert set(graph.arcs["olabel"]) == {0, 1, 2, 3, 4}
+
+
+def test_costs_of_pronunciations_by_hand() -> None:
+    """READ was seen as R Y twice: with one more of each of two pronunciations 3 in 4; a word never seen has as much of each."""
+    hmm = toy_hmm(LEXICON.phones)
+    counts = {("READ", ("R", "Y")): 2, ("RED", ("R", "E")): 5}
+
+    def costs(counts: PronunciationCounts) -> list[tuple[str, float]]:
+        """Word label and cost of each pronunciation's first arc."""
+        arcs = [line.split() for line in lexicon_fst_text(LEXICON, ["READ", "RED"], hmm, GraphSettings(), counts).text.splitlines()]
+        return [(arc[3], float(arc[4])) for arc in arcs if len(arc) == 5 and arc[3] != "0"]
+
+    assert costs(counts) == [("1", pytest.approx(math.log(4), abs=1e-6)), ("1", pytest.approx(math.log(4 / 3), abs=1e-6)), ("2", 0.0)]
+    assert costs({}) == [("1", pytest.approx(math.log(2), abs=1e-6)), ("1", pytest.approx(math.log(2), abs=1e-6)), ("2", 0.0)]
 
 
 def test_chunks_do_not_change_the_graph(arpa_path: Path, tmp_path: Path) -> None:
