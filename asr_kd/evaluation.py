@@ -14,7 +14,7 @@ from asr_kd.ensemble import Ensemble
 from asr_kd.features import Windows
 from asr_kd.precision import precision_context
 
-_CHUNK_ELEMENTS = 16_000_000  # logits of all members that are in memory at once
+_CHUNK_ELEMENTS = 16_000_000  # logits of all members that are computed at once
 
 
 @torch.no_grad()

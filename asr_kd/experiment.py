@@ -44,11 +44,10 @@ def run(hparams: Path | str, overrides: Sequence[str] = (), sweep: bool = False)
         The path of report.html.
     """
     settings = load_settings(hparams, overrides)
-    if rank() != 0:
-        run_experiment(settings, sweep)
-        return settings.output / "report.html"
     with alone_in(settings.output):
         results = run_experiment(settings, sweep)
+        if rank() != 0:
+            return settings.output / "report.html"
         report = write_results(settings.output, results)
     if results["splits"]:
         print(first_table(settings.output / "report.md"))
@@ -60,8 +59,11 @@ def run(hparams: Path | str, overrides: Sequence[str] = (), sweep: bool = False)
 def alone_in(folder: Path) -> Iterator[None]:
     """Hold the folder's lock, which ends with the process however that ends; `AsrKdError` where another run has it.
 
-    Two runs in one folder would each remove what the other has begun.
+    Two runs in one folder would each remove what the other has begun. Of the processes of one run the first holds it.
     """
+    if rank() != 0:
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "a", encoding="utf-8") as lock:
         try:
@@ -97,7 +99,7 @@ def run_experiment(settings: Settings, sweep: bool = False) -> dict[str, Any]:
         targets, stages[f"realign_{number}"] = realign(settings, corpus, text, features, targets, aligner, stages[name].fingerprint, number)
     data = TrainingData.load(settings, corpus, features, targets)
 
-    # teachers differ by their initial weights only
+    # teachers differ by their seeds only: initial weights and dropout
     teachers, stages["teachers"] = train_networks("teachers", out / "teachers", settings, data, seeds=[seed + k for k in range(settings.num_teachers)],
                                                   epochs=settings.teacher_epochs)
 
@@ -132,7 +134,8 @@ def run_experiment(settings: Settings, sweep: bool = False) -> dict[str, Any]:
 
     costs, stages["bundle"] = publish_student(settings, corpus, text, features, targets, student, stages["student"], recogniser, systems.decoded["distilled"])
     results: dict[str, Any] = {"cost_of_normalisation": costs}
-    systems_of_sweep = [stages["student"].fingerprint, recogniser.fingerprint]
+    scored = [prints[split] for split in corpus.evaluation[:1] for prints in (features.fingerprints, targets.fingerprints)]
+    systems_of_sweep = [stages["student"].fingerprint, recogniser.fingerprint, *scored]
     if sweep:
         split = corpus.evaluation[0]
         rows = sweep_temperatures(settings, corpus, features, targets, recogniser, split, windows[split], distil)

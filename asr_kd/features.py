@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +20,7 @@ from asr_kd.errors import AsrKdError
 from asr_kd.frames import INDEX, FrameStore, FrameWriter
 from asr_kd.manifest import Exclusion, Utterance, check_unique, write_exclusions
 from asr_kd.progress import progress
-from asr_kd.stage import fingerprint
+from asr_kd.stage import fingerprint, remove_folder
 
 CMVN = ("speaker", "utterance", "corpus", "none")
 SHARD_UTTERANCES = 2000
@@ -212,7 +211,7 @@ def extract_features(utterances: Sequence[Utterance], folder: Path | str, option
     speakers = {prefix + utterance.utt_id: prefix + utterance.spk_id for utterance in utterances}
     _normalise(stores, folder, speakers, cmvn, {"options": asdict(options), "cmvn": cmvn, "speed": speed})
     write_exclusions(folder / "exclusions.csv", exclusions)
-    shutil.rmtree(raw_folder)
+    remove_folder(raw_folder)
     return exclusions
 
 

@@ -36,7 +36,7 @@ class TrainingData:
 
     Attributes:
         train: in memory, or streamed where they would take more than `frames_in_memory_gb`.
-        inputs: name -> fingerprint of features and targets, those of the training splits alone.
+        inputs: name -> fingerprint of features and targets, those of the training splits alone, and the context of a window.
     """
 
     train: TrainingFrames
@@ -61,6 +61,7 @@ class TrainingData:
         wanted = aligned([prefix + utt_id for prefix in prefixes for utt_id in corpus.train])
         inputs = {"features": fingerprint([features.fingerprints[name] for name in names]),
                   "targets": fingerprint([targets.fingerprints[name] for name in names])}
+        inputs |= {"context": f"{settings.left_context} + 1 + {settings.right_context}"}  # other windows of the same width are other inputs
         inputs |= {"speeds": fingerprint(prefixes)} if speeds is not None else {}
         size = sum(store.length(utt_id) for store in states for utt_id in set(wanted).intersection(store.utt_ids)) * (2 * settings.num_mels + INDEX_BYTES)
         place = (settings.left_context, settings.right_context, torch.device(settings.device))

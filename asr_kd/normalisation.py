@@ -130,7 +130,7 @@ def loud_share(stores: Sequence[FrameStore]) -> float:
     places = [(store, utt_id) for store in stores for utt_id in store]
     loud = total = 0
     for store, utt_id in places[::max(1, len(places) // MAX_SAMPLE)]:
-        raw = raw_features(store, utt_id) if "means" in store.attributes else store[utt_id].astype(np.float32)
+        raw = raw_features(store, utt_id) if store.attributes.get("means") else store[utt_id].astype(np.float32)
         levels = LevelSums(raw.shape[1]).add(raw)
         loud, total = loud + levels.num_loud(), total + len(levels)
     return loud / total

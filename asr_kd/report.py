@@ -120,11 +120,17 @@ def _kept(rows: Mapping[str, Any], measure: str) -> str:
 
 
 def _kicker(results: Results, first: str | None) -> str:
-    settings = results.get("settings", {})
-    teachers = settings.get("num_teachers") or len(results["splits"][first].get("members", [])) if first else 0
-    parts = [f"{teachers} teachers, one student" if teachers else "", f"T = {settings['temperature']:g}" if "temperature" in settings else "",
-             f"{settings['hidden_layers']} \u00d7 {settings['hidden_units']} units, {settings.get('num_states', NONE)} states"
-             if {"hidden_layers", "hidden_units"} <= settings.keys() else ""]
+    settings, networks = results.get("settings", {}), results.get("networks", {})
+    num_teachers = len(results["splits"][first].get("members", [])) if first else 0
+
+    def network(name: str, system: str, epochs: str) -> str:
+        shape = networks.get(system, {})
+        size = f" of {shape['hidden_layers']} \u00d7 {shape['hidden_units']} units" if {"hidden_layers", "hidden_units"} <= shape.keys() else ""
+        return f"{name}{size}" + (f", {settings[epochs]:g} epochs" if epochs in settings else "")
+
+    parts = [network(f"{num_teachers} teachers", "teachers", "teacher_epochs") if num_teachers else "", network("one student", "distilled", "student_epochs"),
+             f"T = {settings['temperature']:g}" if "temperature" in settings else "",
+             f"{networks['teachers']['num_states']} states" if "num_states" in networks.get("teachers", {}) else ""]
     return " · ".join(part for part in parts if part)
 
 
@@ -154,9 +160,9 @@ def _split_section(split: str, rows: Mapping[str, Any], networks: Mapping[str, M
     if members:
         decoded = sum("wer" in member for member in members)
         blocks.append(Note("Single network: the mean over the ensemble's members scored alone, ± their standard deviation (frame accuracy over "
-                           f"{len(members)}, WER over {decoded}, their errors added). Members differ by their initial weights only: one of them would be "
-                           "no baseline. The student and the control are one training each: intervals and P(better) are those of these networks, and do not "
-                           "hold for other seeds."))
+                           f"{len(members)}, WER over {decoded}, their errors added). Members differ by their seeds only (initial weights, dropout): one of "
+                           "them would be no baseline. The student and the control are one training each: intervals and P(better) are those of these networks, "
+                           "and do not hold for other seeds."))
     if networks.get("distilled") and networks.get("control"):
         blocks.append(Note(_difference(networks["distilled"], networks["control"])))
     blocks.append(Note("Sub / del / ins: substituted, deleted and inserted words. RTF: real-time factor of the search; the networks' own time, which "

@@ -166,7 +166,7 @@ def _curves(folder: Path) -> dict[str, Any]:
 
 
 def _exclusions(settings: Settings, corpus: Corpus) -> dict[str, dict[str, int]]:
-    """Utterances left out, by split (or copy of one at another speed) and reason, and teachers that diverged, from what the stages wrote."""
+    """Utterances left out, by split (or copy of one at another speed) and reason, and networks that diverged, from what the stages wrote."""
     counts: dict[str, Counter[str]] = {name: Counter() for name in store_names(settings, corpus)}
     for name, own in counts.items():
         for path, cause in ((settings.output / "manifests" / f"{name}.exclusions.csv", "not usable"),
@@ -174,8 +174,11 @@ def _exclusions(settings: Settings, corpus: Corpus) -> dict[str, dict[str, int]]
                             (settings.output / "targets" / name / "exclusions.csv", "not aligned")):
             kinds = [_kind(reason) for reason in _reasons(path)]
             own.update(f"{cause}: {kind}" for kind in kinds if kind != NO_FEATURES)  # those are counted with the cause
-    diverged = read_json(settings.output / "teachers" / "training.json")["diverged"]
-    counts["teachers"] = Counter(f"member {int(k) + 1}: loss not finite at step {step}, trained no further" for k, step in diverged.items())
+    for name in ("teachers", "student", "control"):
+        training = read_json(settings.output / name / "training.json")
+        best = training["heldout_accuracy"]
+        counts[name] = Counter(f"member {int(k) + 1}: loss not finite at step {step}, {'trained no further' if best[int(k)] >= 0 else 'left out'}"
+                               for k, step in training["diverged"].items())
     return {split: dict(own) for split, own in counts.items() if own}
 
 

@@ -95,6 +95,11 @@ def file_fingerprint(path: Path | str) -> str:
     return digest.hexdigest()[:16]
 
 
+def folder_fingerprint(folder: Path) -> str:
+    """Sixteen hexadecimal digits that identify the files below a folder."""
+    return fingerprint([[str(path.relative_to(folder)), file_fingerprint(path)] for path in sorted(folder.rglob("*")) if path.is_file()])
+
+
 @dataclass(frozen=True)
 class Record:
     """What went into a stage's folder, and what it holds."""
@@ -182,7 +187,7 @@ def _begin(folder: Path, wanted: dict[str, Any]) -> float:
     started = _read_if_whole(folder / STARTED)
     spent = float(started.pop("seconds", 0.0)) + _seconds_of_killed(folder) if started else 0.0
     if started != wanted:
-        _remove(folder)
+        remove_folder(folder)
         spent = 0.0
     (folder / RECORD).unlink(missing_ok=True)
     write_json(folder / STARTED, {**wanted, "seconds": spent})
@@ -204,8 +209,8 @@ def _check_ours(folder: Path, stage: str) -> None:
                          "replace them: move them away or choose another output_folder")
 
 
-def _remove(folder: Path) -> None:
-    """Remove a stage's folder; under another name first, since a kill would leave part of it without the files that make it a stage's."""
+def remove_folder(folder: Path) -> None:
+    """Remove a folder; under another name first, since a kill would leave part of it that looks like the whole."""
     trash = folder.with_name(f".{folder.name}.removed")
     shutil.rmtree(trash, ignore_errors=True)
     if folder.exists():

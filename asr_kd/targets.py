@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from asr_kd.corpus import Corpus, Text
-from asr_kd.distributed import rank
+from asr_kd.distributed import by_first_process, rank
 from asr_kd.ensemble import Ensemble
 from asr_kd.errors import AsrKdError
 from asr_kd.evaluation import log_posteriors
@@ -25,7 +25,7 @@ from asr_kd.hmm.train import GmmHmmSettings, train_gmm_hmm
 from asr_kd.lexicon import Pronunciation
 from asr_kd.manifest import Utterance
 from asr_kd.settings import Settings
-from asr_kd.stage import Record, combined, fingerprint, run_stage
+from asr_kd.stage import Record, combined, fingerprint, folder_fingerprint, run_stage
 
 Words = Mapping[str, Sequence[str]]
 AlignOne = Callable[[FrameStore, Words, Mapping[str, str], Path], object]
@@ -115,10 +115,17 @@ def fbank_options(settings: Settings) -> FbankOptions:
 
 
 def store_names(settings: Settings, corpus: Corpus) -> dict[str, tuple[str, float]]:
-    """Names of the stores of features and targets, "split" or "split-sp0.9" -> split and speed; evaluation splits have no copies."""
+    """Names of the stores of features and targets, "split" or "split-sp0.9" -> split and speed; evaluation splits have no copies.
+
+    Raises:
+        AsrKdError: a split has the name of another one's copy.
+    """
     copies = sorted(set(settings.speeds) - {1.0})
-    return {split if speed == 1.0 else f"{split}-sp{speed:g}": (split, speed)
-            for split in corpus.splits for speed in [1.0, *([] if split in corpus.evaluation else copies)]}
+    names = {f"{split}-sp{speed:g}": (split, speed) for split in corpus.splits if split not in corpus.evaluation for speed in copies}
+    taken = next((name for name in names if name in corpus.splits), None)
+    if taken is not None:
+        raise AsrKdError(f"{taken}: a split has the name of the copy of {names[taken][0]} at another speed; rename the split's folder or manifest")
+    return {split: (split, 1.0) for split in corpus.splits} | names
 
 
 def speed_prefix(speed: float) -> str:
@@ -153,7 +160,10 @@ def prepare_targets(settings: Settings, corpus: Corpus, text: Text, features: Fe
 
     inputs = {"features": fingerprint([features.fingerprints[split] for split in splits]), "lexicon": text.pronunciations_fingerprint(usable.values())}
     trained = run_stage("hmm", settings.output / "hmm", {**asdict(gmm), "train": fingerprint(sorted(usable))}, inputs, work, together=True)
-    aligner = Aligner.load(settings.output / "hmm" / "aligner")
+    folder = settings.output / "hmm" / "aligner"
+    files = by_first_process(lambda: folder_fingerprint(folder))  # another machine makes another tree from the same settings
+    trained = replace(trained, inputs=trained.inputs | {"aligner": files})
+    aligner = Aligner.load(folder)
 
     def align_one(store: FrameStore, words: Words, speakers: Mapping[str, str], folder: Path) -> object:
         return align(aligner, store, words, speakers, text.lexicon, folder, device=settings.device, resume=True)
@@ -173,10 +183,9 @@ def realign(settings: Settings, corpus: Corpus, text: Text, features: Features, 
     hmm = targets.hmm
 
     def align_one(store: FrameStore, words: Words, _: Mapping[str, str], folder: Path) -> object:
-        windows = Windows(store, None, settings.left_context, settings.right_context, settings.device)
-
         def log_likelihoods(utt_id: str) -> NDArray[np.float32]:
-            return next(log_posteriors(network, windows, [utt_id]))[1] - hmm.log_priors
+            windows = Windows({utt_id: store}, None, settings.left_context, settings.right_context, settings.device)
+            return next(log_posteriors(network, windows))[1] - hmm.log_priors
 
         return align_with_network(hmm, log_likelihoods, store, words, text.lexicon, folder, device=settings.device, resume=True)
 

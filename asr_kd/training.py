@@ -116,7 +116,8 @@ def train(networks: Ensemble, data: TrainingFrames, heldout: FrameData, folder: 
         soft_targets: without them the loss is the cross-entropy with the hard targets.
 
     Raises:
-        AsrKdError: the loss of every member became NaN; state ids out of range; a checkpoint of other settings or a full disk.
+        AsrKdError: the loss of every member became NaN, because of features or before any was evaluated; state ids out of range; a checkpoint of
+            other settings or a full disk.
     """
     return _Trainer(networks, data, heldout, Path(folder), settings, seed, soft_targets).run()
 
@@ -266,15 +267,18 @@ class _Trainer:
                     parameter[k] = best[k]
             log.error("member %d: loss not finite at step %d; it keeps its best weights so far and trains no further", k, step)
         if len(self.diverged) == len(self.networks):
-            raise AsrKdError(self._describe_divergence(max(self.diverged.values())))
+            self._explain_divergence(max(self.diverged.values()))
 
-    def _describe_divergence(self, step: int) -> str:
+    def _explain_divergence(self, step: int) -> None:
+        """Raise `AsrKdError` where features are to blame, or where no member has earlier weights to keep."""
         part, batch = self.recent[step - self.step]
         bad_rows = ~part.windows.gather(batch).isfinite().all(1)
         where = f"{self.folder}: loss NaN or infinite at step {step} for all {len(self.networks)} members, expected a number"
         if bool(bad_rows.any()):
-            return f"{where}; features of {', '.join(part.utterances_of(batch[bad_rows])[:3])} are not finite: run the features stage again"
-        return f"{where}; the batch's features are finite (first: {part.utterances_of(batch[:1])[0]}): lower learning_rate or check the soft targets"
+            raise AsrKdError(f"{where}; features of {', '.join(part.utterances_of(batch[bad_rows])[:3])} are not finite: run the features stage again")
+        if max(self.schedule.best) < 0:
+            first = part.utterances_of(batch[:1])[0]
+            raise AsrKdError(f"{where}; the batch's features are finite (first: {first}): lower learning_rate or check the soft targets")
 
     def _evaluate(self) -> None:
         accuracies = heldout_accuracy(self.networks, self.heldout, self.settings.heldout_frames)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from asr_kd.cli import guarded
 from asr_kd.corpus import prepare_corpus, prepare_text
+from asr_kd.distributed import rank
 from asr_kd.experiment import alone_in, check_device
 from asr_kd.settings import load_settings
 from asr_kd.sources import find_sources
@@ -32,7 +33,7 @@ def main(words: Sequence[str]) -> None:
         text, _ = prepare_text(settings, corpus, sources.lexicon, sources.lm, sources.lm_text)
         features, _ = prepare_features(settings, corpus)
         targets, _ = prepare_targets(settings, corpus, text, features)
-    for name, store in targets.stores.items():
+    for name, store in targets.stores.items() if rank() == 0 else ():
         print(f"{targets_folder(settings, 0) / name}: {len(store)} utterances, {len(store.frames)} frames, {targets.hmm.num_states} states")
 
 

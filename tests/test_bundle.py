@@ -367,6 +367,15 @@ def test_share_of_loud_frames_by_hand(tones):
     assert 0.2 < tones.inputs.normalisation.loud_share < 0.9
 
 
+@pytest.mark.parametrize("cmvn", ["speaker", "utterance", "corpus", "none"])
+def test_every_way_of_normalising_has_a_share_of_loud_frames(tones, tmp_path, cmvn):
+    utterances = [Utterance(utt_id, 1.0, tones.folder / f"{utt_id}.wav", "s", ("A",)) for utt_id in tones.words]
+    extract_features(utterances, tmp_path / "features", OPTIONS, cmvn)
+    store = FrameStore(tmp_path / "features")
+    expected = 1.0 if cmvn == "none" else pytest.approx(normalisation.loud_share([tones.store]), abs=0.02)
+    assert make_normalisation(cmvn, [store], 50.0).loud_share == expected
+
+
 @pytest.mark.parametrize("pause", ["zeros", "noise"])
 def test_a_long_pause_changes_no_word(tones, bundle, tmp_path, pause):
     words = SENTENCES[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,6 +72,24 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[Utterance]:
         soundfile.write(path, speech_like(num_samples, number), 16000, subtype="FLOAT")
         utterances.append(Utterance(f"{spk}-{number}", num_samples / 16000, path, spk, ("WORD",)))
     return utterances
+
+
+def test_a_kill_while_raw_features_are_removed(corpus: list[Utterance], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest file may be gone and its index still there."""
+    extract_features(corpus, tmp_path / "expected")
+
+    def killed(folder: Path, **_: object) -> None:
+        for path in Path(folder).rglob("frames.npy"):
+            path.unlink()
+        if Path(folder).exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        extract_features(corpus, tmp_path / "f")
+    monkeypatch.undo()
+    extract_features(corpus, tmp_path / "f")
+    np.testing.assert_array_equal(FrameStore(tmp_path / "f").frames, FrameStore(tmp_path / "expected").frames)
 
 
 def raw_features(utterances: list[Utterance]) -> dict[str, np.ndarray]:

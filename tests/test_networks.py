@@ -104,12 +104,6 @@ def test_soft_targets_of_an_earlier_layout_are_made_again(data: TrainingData, tm
     assert prints() != now
 
 
-def test_the_report_lists_teachers_that_diverged(tmp_path: Path) -> None:
-    write_json(tmp_path / "teachers" / "training.json", {"diverged": {1: 70}})
-    settings = make_settings(TINY | {"output_folder": str(tmp_path)})
-    assert results._exclusions(settings, Corpus({}, [], [], [], tmp_path, {})) == {"teachers": {"member 2: loss not finite at step 70, trained no further": 1}}
-
-
 def test_the_report_counts_each_utterance_left_out_once_and_by_kind(tmp_path: Path) -> None:
     reasons = {"manifests/train.exclusions.csv": ["no transcript for /my data/a.flac", "no transcript for /my data/b.flac"],
                "features/train/exclusions.csv": [f"{place}: no samples; replace the file" for place in ("/my data/c.flac", "d.wav/d")],
@@ -118,7 +112,8 @@ def test_the_report_counts_each_utterance_left_out_once_and_by_kind(tmp_path: Pa
     for name, own in reasons.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write_exclusions(tmp_path / name, [Exclusion(f"u{n}", reason) for n, reason in enumerate(own)])
-    write_json(tmp_path / "teachers" / "training.json", {"diverged": {}})
+    for name in ("teachers", "student", "control"):
+        write_json(tmp_path / name / "training.json", {"diverged": {}, "heldout_accuracy": []})
     settings = make_settings(TINY | {"output_folder": str(tmp_path)})
     assert results._exclusions(settings, Corpus({"train": []}, [], [], [], tmp_path, {}))["train"] == {
         "not usable: no transcript for … …": 2, "no features: no samples": 2, "not aligned: word outside the lexicon": 2,

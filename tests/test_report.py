@@ -132,6 +132,14 @@ def test_how_student_and_control_differ_is_said(results, tmp_path):
     assert "from hard targets alone. They also differ in dropout (0.0 the student, 0.1 the control)." in write_report(tmp_path, results).read_text()
 
 
+def test_sizes_and_epochs_of_teachers_and_student_are_said(results, tmp_path):
+    results["networks"] = {"teachers": {"hidden_layers": 4, "hidden_units": 512, "num_states": 1187},
+                           "distilled": {"hidden_layers": 2, "hidden_units": 64, "num_states": 1187}}
+    results["settings"] |= {"num_teachers": 4, "teacher_epochs": 6.0, "student_epochs": 10, "num_states": 1200}
+    page = write_report(tmp_path, results).read_text()  # one teacher was left out, and the tree stopped earlier
+    assert "3 teachers of 4 \u00d7 512 units, 6 epochs · one student of 2 \u00d7 64 units, 10 epochs · T = 2 · 1187 states" in page
+
+
 def test_what_was_resampled_is_said(results, tmp_path):
     rows = results["splits"]["dev-mini"]
     rows["bootstrap"] = {"resampled": "utterances", "speakers": 4}

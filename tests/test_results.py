@@ -28,14 +28,16 @@ def test_exclusions_are_counted_in_copies_at_other_speeds_too(tmp_path: Path) ->
     listed(tmp_path / "features" / "train-sp1.1" / "exclusions.csv", "a/3.flac: shorter than one window", "a/4.flac: shorter than one window")
     listed(tmp_path / "targets" / "train" / "exclusions.csv", "no features", "12 frames, shorter than its 30 states")
     listed(tmp_path / "targets" / "dev" / "exclusions.csv")
-    (tmp_path / "teachers").mkdir()
-    (tmp_path / "teachers" / "training.json").write_text(json.dumps({"diverged": {"3": 70}}))
+    for name, diverged, accuracies in (("teachers", {"0": 1, "3": 70}, [-1.0, 0.4, 0.4, 0.3]), ("student", {"0": 9}, [0.2]), ("control", {}, [0.4])):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "training.json").write_text(json.dumps({"diverged": diverged, "heldout_accuracy": accuracies}))
     settings = SimpleNamespace(output=tmp_path, speeds=[1.0, 1.1])
     corpus = SimpleNamespace(splits={"train": [], "dev": []}, evaluation=["dev"])
     assert results._exclusions(settings, corpus) == {
         "train": {"not usable: no transcript": 2, "no features: shorter than one window": 1, "not aligned: … frames, shorter than its … states": 1},
         "train-sp1.1": {"no features: shorter than one window": 2},
-        "teachers": {"member 4: loss not finite at step 70, trained no further": 1}}
+        "teachers": {"member 1: loss not finite at step 1, left out": 1, "member 4: loss not finite at step 70, trained no further": 1},
+        "student": {"member 1: loss not finite at step 9, trained no further": 1}}
 
 
 def test_calibration_of_the_baseline_is_the_mean_over_its_members() -> None:

@@ -77,7 +77,7 @@ class AnyStore:
 def dry_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """(corpus, text) -> fingerprint of each stage by its folder and of what networks train on; no stage does its work, but alignments are asked
     whether they would go on after a cut."""
-    settings = make_settings({"output_folder": str(tmp_path), "data_folder": "data", "train_splits": ["train"], "speeds": [0.9, 1.0],
+    usual = make_settings({"output_folder": str(tmp_path), "data_folder": "data", "train_splits": ["train"], "speeds": [0.9, 1.0],
                               "network_realignments": 1})
     stages: dict[str, str] = {}
 
@@ -100,8 +100,9 @@ def dry_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     monkeypatch.setattr(targets, "with_state_priors", lambda hmm, *_: hmm)
     monkeypatch.setattr(networks, "load_frame_data", lambda *_: None)
 
-    def run(corpus: Corpus, text: Text) -> dict[str, str]:
+    def run(corpus: Corpus, text: Text, **changes: Any) -> dict[str, str]:
         stages.clear()
+        settings = replace(usual, **changes)
         features, _ = prepare_features(settings, corpus)
         first, _ = prepare_targets(settings, corpus, text, features)
         inputs = {f"first {name}": value for name, value in TrainingData.load(settings, corpus, features, first).inputs.items()}
@@ -120,6 +121,7 @@ def corpus_of(**transcripts: str) -> Corpus:
 TEXT = Text(Lexicon({"THE": (("DH", "AH"),), "CAT": (("K", "AE"),), "SAT": (("S", "AE"),)}), Path("lm.arpa"), "text")
 ALL = {"hmm", *(f"{folder}/{name}" for folder in ("features", "targets_0", "targets") for name in ("train", "train-sp0.9", "dev")),
        *(f"{which} {what}" for which in ("first", "last") for what in ("features", "targets"))}
+CONTEXT = {"first context", "last context"}
 
 
 def changed(one: dict[str, str], other: dict[str, str]) -> set[str]:
@@ -136,17 +138,36 @@ def test_settings_decide_the_filterbank() -> None:
 def test_stages_depend_on_what_they_read_alone(dry_run: Any) -> None:
     corpus = corpus_of(train="THE CAT", dev="THE SAT")
     before = dry_run(corpus, TEXT)
-    assert set(before) == ALL
+    assert set(before) == ALL | CONTEXT
     # one more split, and pronunciations of its words
     more = replace(TEXT, lexicon=Lexicon(TEXT.lexicon.pronunciations | {"ZORB": (("S", "AH"),)}), fingerprint="other")
     after = dry_run(corpus_of(train="THE CAT", dev="THE SAT", test="ZORB"), more)
     assert changed(before, after) == set()
-    assert set(after) - ALL == {f"{folder}/test" for folder in ("features", "targets_0", "targets")}
+    assert set(after) - ALL - CONTEXT == {f"{folder}/test" for folder in ("features", "targets_0", "targets")}
     # another language model, with words of its own
     assert changed(before, dry_run(corpus, more)) == set()
     # other speech in a split
     assert changed(before, dry_run(corpus_of(train="THE CAT", dev="SAT"), TEXT)) == {"features/dev", "targets_0/dev", "targets/dev"}
     assert changed(before, dry_run(corpus_of(train="CAT", dev="THE SAT"), TEXT)) == ALL - {"features/dev", "targets/dev"}
+
+
+def test_networks_depend_on_the_context_of_a_window_not_on_its_width_alone(dry_run: Any) -> None:
+    corpus = corpus_of(train="THE CAT", dev="THE SAT")
+    assert changed(dry_run(corpus, TEXT), dry_run(corpus, TEXT, left_context=5, right_context=20)) == CONTEXT
+
+
+def test_another_aligner_of_the_same_settings_aligns_again(dry_run: Any, tmp_path: Path) -> None:
+    corpus = corpus_of(train="THE CAT", dev="THE SAT")
+    before = dry_run(corpus, TEXT)
+    (tmp_path / "hmm" / "aligner").mkdir(parents=True)
+    (tmp_path / "hmm" / "aligner" / "model").write_text("of another machine")
+    aligned = {name for name in ALL if "targets_0/" in name} | {"first targets"}
+    assert changed(before, dry_run(corpus, TEXT)) == aligned
+
+
+def test_a_split_with_the_name_of_a_copy_is_refused(dry_run: Any) -> None:
+    with pytest.raises(AsrKdError, match=r"train-sp0.9: a split has the name of the copy of train at another speed"):
+        dry_run(corpus_of(**{"train": "THE CAT", "train-sp0.9": "CAT"}), TEXT)
 
 
 def test_another_pronunciation_aligns_again_what_holds_the_word(dry_run: Any) -> None:

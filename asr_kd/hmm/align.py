@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import operator
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -25,7 +24,7 @@ from asr_kd.hmm.model import HmmModel, split_codes
 from asr_kd.lexicon import Pronunciation
 from asr_kd.manifest import Exclusion, write_exclusions
 from asr_kd.precision import precision_context
-from asr_kd.stage import fingerprint
+from asr_kd.stage import fingerprint, remove_folder
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +111,7 @@ def _align_split(folder: Path, hmm: HmmModel, new_graphs: Callable[[], Graphs], 
     """
     usable, exclusions = usable_utterances(new_graphs(), features)
     if not resume:
-        by_first_process(lambda: shutil.rmtree(folder / PARTS, ignore_errors=True))
+        by_first_process(lambda: remove_folder(folder / PARTS))
     parts = list(parts_of(usable))
     places = [folder / PARTS / f"{rank()}of{world_size()}-{number}" for number in range(len(parts))]
     for number, (place, utt_ids) in enumerate(zip(places, parts, strict=True)):
@@ -159,7 +158,7 @@ def _join(folder: Path, hmm: HmmModel, parts: Iterable[Path], utt_ids: Iterable[
     log_likelihood = sum(cast(float, store.attributes["log_likelihood"]) for store in stores)
     log.info("%s: %d frames aligned, log-likelihood per frame %.3f, %d utterances left out%s", folder, frames, log_likelihood / max(frames, 1), len(excluded),
              f" (listed in {folder / EXCLUSIONS})" if excluded else "")
-    shutil.rmtree(folder / PARTS, ignore_errors=True)
+    remove_folder(folder / PARTS)
     return excluded
 
 
