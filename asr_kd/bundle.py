@@ -35,7 +35,7 @@ from asr_kd.lexicon import Lexicon, read_lexicon
 from asr_kd.model import AcousticModel
 from asr_kd.normalisation import LevelSums, MeanNormalisation, log_posteriors
 from asr_kd.progress import progress
-from asr_kd.segments import read_segments
+from asr_kd.segments import read_segments, tell_low_rate
 from asr_kd.stage import atomic_path, file_fingerprint, read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -155,6 +155,7 @@ def transcribe(bundle: Bundle, path: Path | str) -> tuple[str, ...]:
         levels.add(frames)
     if not len(levels):
         raise AsrKdError(f"{path}: shorter than one window of {bundle.inputs.fbank.window_ms:g} ms; nothing can be recognised, give a longer file")
+    tell_low_rate(path, bundle.inputs.fbank.sample_rate)
     mean = bundle.inputs.normalisation.mean_of(levels)
     words: list[str] = []
     segments = unfinished = 0

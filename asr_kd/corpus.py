@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,7 +166,8 @@ def _sentences(corpus: Corpus, lm_text: Path | None) -> list[list[str]]:
         words = corpus.words
         return [list(words[utt_id]) for utt_id in corpus.train]
     try:
-        return [line.split() for line in lm_text.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        text = unicodedata.normalize("NFC", lm_text.read_text(encoding="utf-8-sig"))
+        return [line.split() for line in text.splitlines() if line.strip()]
     except UnicodeDecodeError as error:
         raise AsrKdError(f"{lm_text}: not readable as text ({error}); save it as UTF-8") from error
     except OSError as error:

@@ -235,7 +235,8 @@ def compile_grammar(plain: Path, word_table: Path) -> Any:
     messages = plain.with_name("arpa2fst.log")
     with _native_messages_to(messages):
         text = kaldilm.arpa2fst(str(plain), disambig_symbol="#0", read_symbol_table=str(word_table), max_arpa_warnings=-1)
-    orphans = messages.read_bytes().count(b"no parent (n-1)-gram exists")
+    with open(messages, "rb") as lines:
+        orphans = sum(b"no parent (n-1)-gram exists" in line for line in lines)
     if orphans:
         logger.warning("graph: %d n-grams of the language model are not used, as their histories are not among its shorter n-grams", orphans)
     grammar = kaldifst.compile(text)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -185,7 +186,7 @@ def _decoded(path: Path) -> str:
     if b"\0" in content:
         raise AsrKdError(f"{path}: holds zero bytes, expected a text file; unpack it first, or check the path")
     try:
-        return content.decode("utf-8-sig")
+        return unicodedata.normalize("NFC", content.decode("utf-8-sig"))
     except UnicodeDecodeError:
         pass
     lines = content.split(b"\n")
@@ -213,7 +214,7 @@ def _phones(path: Path, entry: _Entry, skip: int, strip_stress: bool) -> Pronunc
     where = f"{path}:{entry.line_number}: word {entry.word!r}"
     if not phones:
         raise AsrKdError(f"{where} has no phones, expected 'WORD P1 P2 ...'; add its pronunciation or remove the line")
-    if PROBABILITY.fullmatch(phones[0]):
+    if PROBABILITY.fullmatch(phones[0]) and not phones[0].isdigit():  # "1" is a phone in X-SAMPA
         raise AsrKdError(f"{where} has {phones[0]!r} for its first phone, a probability that other lines lack; give all lines one or none")
     if SILENCE_PHONE in phones and len(phones) > 1:
         raise AsrKdError(f"{where} has the silence phone {SILENCE_PHONE} among others, expected phones of speech; remove it")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import math
 import re
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -332,8 +333,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with _open_text(path, "r", path.suffix == ".gz") as file:
             for number, line in enumerate(file, start=1):
-                yield number, line.strip()
+                yield number, unicodedata.normalize("NFC", line.strip())
     except (EOFError, zlib.error) as error:
         raise AsrKdError(f"{path}: cut off ({error}); copy or download it again") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise AsrKdError(f"{path}: could not be read ({getattr(error, 'strerror', None) or error}); check the path of the language model") from error
+    except UnicodeDecodeError as error:
+        raise AsrKdError(f"{path}: not readable as text ({error}); save it as UTF-8") from error
+    except OSError as error:
+        raise AsrKdError(f"{path}: could not be read ({error.strerror or error}); check the path of the language model") from error

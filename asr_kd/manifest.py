@@ -6,6 +6,7 @@ import csv
 import logging
 import math
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -203,10 +204,15 @@ def _transcripts(folder: Path, files: Sequence[Path]) -> dict[str, tuple[Path, t
         for utt_id, *words in filter(None, map(str.split, lines)):
             if utt_id in transcripts:
                 raise AsrKdError(f"{utt_id}: transcripts in {transcripts[utt_id][0]} and {path}; remove one of them")
-            transcripts[utt_id] = (path, tuple(words))
+            transcripts[utt_id] = (path, _words(" ".join(words)))
     if not transcripts:
         raise AsrKdError(f"{folder}: no SPEAKER/CHAPTER/*.trans.txt with transcripts in it; expected the LibriSpeech layout")
     return transcripts
+
+
+def _words(text: str) -> tuple[str, ...]:
+    """Words with composed accents (NFC), as those of lexicons and language models are read."""
+    return tuple(unicodedata.normalize("NFC", text).split())
 
 
 def _from_row(path: Path, line: int, row: dict[str, str | None], data_root: Path | str | None) -> Utterance:
@@ -230,7 +236,7 @@ def _from_row(path: Path, line: int, row: dict[str, str | None], data_root: Path
             if data_root is None:
                 raise AsrKdError(f"{path} line {line}: wav holds {name} but no data folder was given; set data_folder")
             wav = wav.replace(name, str(data_root))
-    return Utterance(cells["ID"], duration_s, path.parent / wav, cells["spk_id"], tuple(cells["wrd"].split()))
+    return Utterance(cells["ID"], duration_s, path.parent / wav, cells["spk_id"], _words(cells["wrd"]))
 
 
 def _usable(utterances: Iterable[Utterance]) -> tuple[list[Utterance], list[Exclusion]]:

@@ -35,13 +35,18 @@ def read_segments(path: Path | str, sample_rate: int = 16000) -> Iterator[NDArra
     audio_duration_s(path)  # says what is wrong with a file that cannot be opened
     try:
         with soundfile.SoundFile(path) as file:
-            if file.samplerate < sample_rate:
-                log.warning("%s: %d Hz, the model was trained at %d Hz; expect more errors", path, file.samplerate, sample_rate)
             for segment in _cut(_blocks(path, file), file.samplerate):
                 yield resample(segment, file.samplerate, sample_rate)
     except (OSError, soundfile.SoundFileError) as error:
         reason = str(error).split(": ", 1)[-1].rstrip(". ")
         raise AsrKdError(f"{path}: not readable as audio to its end ({reason}); replace the file") from error
+
+
+def tell_low_rate(path: Path | str, sample_rate: int) -> None:
+    """Warn where a file holds less than the model has learnt to hear."""
+    rate = soundfile.info(str(path)).samplerate
+    if rate < sample_rate:
+        log.warning("%s: %d Hz, the model was trained at %d Hz; expect more errors", path, rate, sample_rate)
 
 
 def _blocks(path: Path | str, file: soundfile.SoundFile) -> Iterator[NDArray[np.float32]]:

@@ -12,6 +12,7 @@ from asr_kd.hmm.aligner import learn_transitions
 from asr_kd.hmm.features import joined
 from asr_kd.hmm.frontend import Frontend, add_deltas, dct_matrix, splice
 from asr_kd.hmm.model import EDGE, SIL, HmmModel, context_codes, untied_model
+from asr_kd.stage import write_json
 
 
 def test_transitions_are_counted_by_hand() -> None:
@@ -38,6 +39,11 @@ def test_hmm_model_checks_and_round_trip(tmp_path: Path) -> None:
     assert np.array_equal(loaded.state_ids([0, 1], [2, 3], [3, 0]), [[3, 4, 5], [6, 7, 8]])
     with pytest.raises(AsrKdError, match=r"centre phone ids 0\.\.0, expected 1\.\.3"):
         hmm.state_ids(1, 0, 1)
+    write_json(tmp_path / "hmm.json", {"log_optional_silence": -1.0})
+    with pytest.raises(AsrKdError, match=r"not an HMM of this version \(KeyError\('phones'\)\)"):
+        HmmModel.load(tmp_path)
+    with pytest.raises(AsrKdError, match=r"lexicon: 501 phones with silence, expected at most 500"):
+        untied_model(("SIL", *map(str, range(500))))
 
 
 def test_frontend_equals_slow_formulas(spoken: Spoken) -> None:

@@ -15,14 +15,14 @@ from spectral_speech import LEXICON, SETTINGS, Spoken
 
 from asr_kd.errors import AsrKdError
 from asr_kd.frames import FrameStore
-from asr_kd.hmm import checkpoint, train
+from asr_kd.hmm import boundaries, checkpoint, train
 from asr_kd.hmm.align import align, align_with_network
 from asr_kd.hmm.aligner import Aligner
-from asr_kd.hmm.corpus import Graphs
+from asr_kd.hmm.corpus import Aligned, Graphs
 from asr_kd.hmm.features import joined
 from asr_kd.hmm.frontend import Frontend
 from asr_kd.hmm.model import HmmModel
-from asr_kd.hmm.topology import AlignmentGraph
+from asr_kd.hmm.topology import AlignmentGraph, even_path
 from asr_kd.hmm.train import quiet_edges, schedule, train_gmm_hmm
 from asr_kd.hmm.viterbi import Path as BestPath
 from asr_kd.hmm.viterbi import viterbi as best_paths
@@ -33,6 +33,22 @@ def same(a: Aligner, b: Aligner) -> bool:
     return all(torch.equal(x.mixtures.means, y.mixtures.means) and torch.equal(x.mixtures.weights, y.mixtures.weights)
                and np.array_equal(x.hmm.state_table, y.hmm.state_table) and np.array_equal(x.hmm.log_advance, y.hmm.log_advance)
                and (x.projection is None or torch.equal(x.projection, y.projection)) for x, y in pairs)
+
+
+def test_boundary_models_of_a_phone_that_was_not_there_are_those_of_all_frames(spoken: Spoken, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, words, speakers, _ = spoken
+    some = {utt_id: words[utt_id] for utt_id in list(words)[:6]}
+    phones = ("SIL", *LEXICON.phones, "ZH")
+    graphs, frontend = Graphs(some, LEXICON, phones), Frontend.of(joined(store), speakers, list(some))
+    codes = {utt_id: even_path(graphs.pronunciations(utt_id), len(phones), store.length(utt_id)) for utt_id in some}
+    monkeypatch.setattr(boundaries, "move_boundaries", lambda model, frontend, graphs, aligned: dict(aligned))
+    aligned = {utt_id: Aligned(own, np.full_like(own, -1), 0.0) for utt_id, own in codes.items()}
+    for model in boundaries.train_boundaries(frontend, graphs, aligned, phones, 60):
+        frames = torch.cat([frontend.projected(model.projection).frames(utt_id) for utt_id in some])
+        first, *_, last = model.mixtures.offsets[-4:].tolist()
+        assert last - first == 3  # ZH's three states have a Gaussian each
+        torch.testing.assert_close(model.mixtures.means[first:], frames.mean(0).expand(3, -1), atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(model.mixtures.variances[first:], frames.var(0, unbiased=False).expand(3, -1), atol=1e-2, rtol=1e-2)
 
 
 def test_training_and_alignment_leave_nothing_on_the_cpu_that_belongs_on_the_gpu(spoken: Spoken, trained_aligner: tuple[Aligner, Path], tmp_path: Path,

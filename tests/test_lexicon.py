@@ -56,6 +56,11 @@ def test_probability_column_is_recognised_only_when_every_line_has_one(tmp_path:
     assert read_lexicon(write(tmp_path, "A 2.5e-05 AH\nA .5 EY\nBE 1e-3 B IY\n")).pronunciations == {"A": (("AH",), ("EY",)), "BE": (("B", "IY"),)}
     with pytest.raises(AsrKdError, match=r"lexicon.txt:2: word 'A' has '0.25'"):
         read_lexicon(write(tmp_path, "A AH\nA 0.25 EY\n"))
+    assert read_lexicon(write(tmp_path, "\u00een 1 n\ncasa k a s a\n"))["\u00een"] == (("1", "n"),)  # a vowel of X-SAMPA
+
+
+def test_accents_are_composed(tmp_path: Path) -> None:
+    assert read_lexicon(write(tmp_path, "cafe\u0301 k a f e\ncaf\u00e9 k a f e\n")).pronunciations == {"caf\u00e9": (("k", "a", "f", "e"),)}
 
 
 def test_files_are_merged_and_doubles_removed(tmp_path: Path) -> None:

@@ -181,6 +181,11 @@ def test_cut_off_gzip_and_missing_file(tmp_path: Path) -> None:
         read_arpa(tmp_path / "plain.arpa.gz")
     with pytest.raises(AsrKdError, match=r"none\.arpa: could not be read \(No such file"):
         read_arpa(tmp_path / "none.arpa")
+    (tmp_path / "latin.arpa").write_bytes(BY_HAND.replace("B", "\u00c9").encode("latin-1"))
+    with pytest.raises(AsrKdError, match=r"latin\.arpa: not readable as text .*; save it as UTF-8"):
+        read_arpa(tmp_path / "latin.arpa")
+    (tmp_path / "apart.arpa").write_text(BY_HAND.replace("B", "E\u0301"))
+    assert ("\u00c9",) in read_arpa(tmp_path / "apart.arpa").ngrams[0]
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,14 @@ def test_a_manifest_reads_back_as_it_was_written(tmp_path_factory: pytest.TempPa
     assert read_manifest(path) == utterances
 
 
+def test_accents_are_composed_in_words_and_left_in_ids(tmp_path: Path) -> None:
+    (tmp_path / "dev.csv").write_text("ID,duration,wav,spk_id,wrd\ne\u0301-1,1.5,/a.wav,s,cafe\u0301 A\n")
+    (utterance,) = read_manifest(tmp_path / "dev.csv")
+    assert (utterance.utt_id, utterance.words) == ("e\u0301-1", ("caf\u00e9", "A"))
+    make_chapter(tmp_path, "dev", "84", {"84-7-0000": "cafe\u0301"}, ["84-7-0000"])
+    assert load_split("dev", tmp_path)[0][0].words == ("caf\u00e9",)
+
+
 def test_our_manifest_has_the_form_that_speechbrain_writes(tmp_path: Path) -> None:
     write_manifest(tmp_path / "dev.csv", [Utterance("84-7-0000", 1.5, Path("/data/a.flac"), "84", ("A", "B"))])
     assert (tmp_path / "dev.csv").read_text() == "ID,duration,wav,spk_id,wrd\n84-7-0000,1.5,/data/a.flac,84,A B\n"

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from asr_kd.distributed import add_over_processes
+from asr_kd.errors import AsrKdError
 from asr_kd.hmm.corpus import Aligned, Alignments, FixedPhones, Graphs, GraphSource, align_utterances, chunk_frames, chunks, map_threads, mixture_scores
 from asr_kd.hmm.frontend import Frontend
 from asr_kd.hmm.gmm import GaussianMixtures
@@ -53,6 +54,9 @@ class GmmHmm:
             AsrKdError: a file is missing or damaged.
         """
         tensors = read_tensors(Path(folder) / "mixtures.safetensors")
+        missing = {"weights", "means", "variances", "offsets"} - tensors.keys()
+        if missing:
+            raise AsrKdError(f"{folder}: mixtures without {', '.join(sorted(missing))}; run the stage that writes them again")
         weights, means, variances = (torch.from_numpy(tensors[name]) for name in ("weights", "means", "variances"))
         projection = torch.from_numpy(tensors["projection"]) if "projection" in tensors else None
         return GmmHmm(HmmModel.load(folder), GaussianMixtures(weights, means, variances, tensors["offsets"].astype(np.int64)), projection)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from asr_kd.hmm.aligner import GmmHmm, learn_transitions, move_boundaries
 from asr_kd.hmm.corpus import Aligned, Graphs
-from asr_kd.hmm.em import expect, maximise
+from asr_kd.hmm.em import expect, maximise, moments_of_all
 from asr_kd.hmm.frontend import NUM_CEPSTRA, SPLICE, Frontend
 from asr_kd.hmm.gmm import single_gaussians
 from asr_kd.hmm.model import untied_model
@@ -50,6 +51,8 @@ def train_boundaries(frontend: Frontend, graphs: Graphs, aligned: Mapping[str, A
             hmm = learn_transitions(hmm, codes.values(), num_words)
             for number in range(1, (FIRST_PASSES if time == 0 else 1) + 1):
                 statistics = expect(model, view, codes)
+                if time == 0 and number == 1:  # a phone that is not in these utterances keeps the Gaussian of all frames
+                    model = replace(model, mixtures=single_gaussians(*(moment.expand(hmm.num_states, -1) for moment in moments_of_all(statistics))))
                 grown = num_gaussians if time else hmm.num_states + (num_gaussians - hmm.num_states) * number // FIRST_PASSES
                 model = GmmHmm(hmm, maximise(model, statistics, max(grown, hmm.num_states)), projection)
             log.info("boundaries %s %d: log-likelihood per frame %.4f, %d Gaussians", "with slopes" if has_slopes else "of frames", time + 1,

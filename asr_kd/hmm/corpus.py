@@ -34,7 +34,7 @@ MAX_CACHED_STATES = 30_000_000
 MAX_BATCH_CELLS = 40_000_000
 """Frames times states of a Viterbi batch: bytes of its traceback."""
 MAX_UTTERANCE_CELLS = 10**9
-"""Frames times states of one utterance, which cannot be divided: a gigabyte of traceback, some twenty minutes of speech."""
+"""Frames times states of one utterance, which cannot be divided: a gigabyte of traceback, some six minutes of speech."""
 MAX_CHUNK_FRAMES = 200_000
 """Frames that are held in memory at once while statistics are summed."""
 GPU_FACTOR = 5
@@ -196,12 +196,14 @@ def map_threads(function: Callable[[Item], Result], items: Iterable[Item], devic
         return
     before = torch.get_num_threads()
     source = iter(items)
-    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        waiting: list[Future[Result]] = [pool.submit(function, item) for item in islice(source, 2 * threads)]
-        while waiting:
-            yield waiting.pop(0).result()
-            waiting.extend(pool.submit(function, item) for item in islice(source, 1))
-    torch.set_num_threads(before)
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            waiting: list[Future[Result]] = [pool.submit(function, item) for item in islice(source, 2 * threads)]
+            while waiting:
+                yield waiting.pop(0).result()
+                waiting.extend(pool.submit(function, item) for item in islice(source, 1))
+    finally:
+        torch.set_num_threads(before)
 
 
 def chunk_frames(device: torch.device) -> int:

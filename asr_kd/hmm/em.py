@@ -57,9 +57,14 @@ def maximise(model: GmmHmm, statistics: Statistics, num_gaussians: int) -> Gauss
 
 def variance_floor(statistics: Statistics) -> Tensor:
     """(D,) a share of the variance of all frames."""
+    return VARIANCE_FLOOR * moments_of_all(statistics)[1]
+
+
+def moments_of_all(statistics: Statistics) -> tuple[Tensor, Tensor]:
+    """Mean and variance (D,) of all frames."""
     total = statistics.frames.sum()
     mean = statistics.sums.sum(0) / total
-    return VARIANCE_FLOOR * (statistics.squares.sum(0) / total - mean.square())
+    return mean, statistics.squares.sum(0) / total - mean.square()
 
 
 def frames_of(frontend: Frontend, utt_ids: list[str]) -> Tensor:

@@ -19,6 +19,8 @@ EDGE = 0
 SIL = 1
 """Phone id of silence."""
 STATES_PER_PHONE = 3
+MAX_PHONES = 500
+"""The table of states by three phones takes 1.5 GB then."""
 
 IntArray = NDArray[np.integer]
 FloatArray = NDArray[np.floating]
@@ -84,7 +86,10 @@ class HmmModel:
         folder = Path(folder)
         notes = read_json(folder / "hmm.json")
         tensors = read_tensors(folder / "hmm.safetensors")
-        return HmmModel(phones=tuple(notes["phones"]), log_optional_silence=float(notes["log_optional_silence"]), **tensors)
+        try:
+            return HmmModel(phones=tuple(notes["phones"]), log_optional_silence=float(notes["log_optional_silence"]), **tensors)
+        except (KeyError, TypeError, ValueError) as error:
+            raise AsrKdError(f"{folder}: not an HMM of this version ({error!r}); run the stage that writes it again") from error
 
     def with_counts(self, counts: FloatArray) -> HmmModel:
         """The same model with priors from (S,) frame counts; a state never seen counts as half a frame, so that its log prior is finite."""
@@ -109,8 +114,15 @@ def split_codes(codes: IntArray, num_phones: int) -> tuple[IntArray, IntArray, I
 
 
 def untied_model(phones: tuple[str, ...]) -> HmmModel:
-    """Context-independent states, three per phone, with even transitions and priors: where training starts."""
+    """Context-independent states, three per phone, with even transitions and priors: where training starts.
+
+    Raises:
+        AsrKdError: more than `MAX_PHONES` phones.
+    """
     n = len(phones) + 1
+    if len(phones) > MAX_PHONES:
+        raise AsrKdError(f"lexicon: {len(phones)} phones with silence, expected at most {MAX_PHONES}, as states depend on phones in threes; "
+                         "give one with fewer (without stress or tones, strip_stress)")
     by_centre = np.arange(n * STATES_PER_PHONE, dtype=np.int32).reshape(n, STATES_PER_PHONE) - STATES_PER_PHONE
     by_centre[EDGE] = -1
     table = np.ascontiguousarray(np.broadcast_to(by_centre[None, :, None], (n, n, n, STATES_PER_PHONE)))

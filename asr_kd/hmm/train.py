@@ -21,7 +21,7 @@ from asr_kd.hmm.aligner import Aligner, GmmHmm, align_with, learn_transitions, s
 from asr_kd.hmm.boundaries import train_boundaries
 from asr_kd.hmm.checkpoint import TrainState, alignment_name, load_state, save_state
 from asr_kd.hmm.corpus import Aligned, Graphs, Pronouncer, map_chunks, own_utterances, usable_utterances
-from asr_kd.hmm.em import VARIANCE_FLOOR, accumulate_over, expect, frames_of, maximise, states_of
+from asr_kd.hmm.em import VARIANCE_FLOOR, accumulate_over, expect, frames_of, maximise, moments_of_all, states_of
 from asr_kd.hmm.features import joined
 from asr_kd.hmm.frontend import CPU, NUM_CEPSTRA, SPLICE, Frontend
 from asr_kd.hmm.gmm import GaussianMixtures, Statistics, accumulate, single_gaussians
@@ -231,9 +231,7 @@ class _Trainer:
             return accumulate(one, frames_of(self.frontend, chunk), np.zeros(self.length(chunk), np.int64))
 
         overall = accumulate_over(work, one, aligned, self.frontend, "flat start")
-        mean = overall.sums[0] / overall.frames[0]
-        variance = overall.squares[0] / overall.frames[0] - mean.square()
-        mixtures = single_gaussians(mean.expand(hmm.num_states, -1), variance.expand(hmm.num_states, -1))
+        mixtures = single_gaussians(*(moment.expand(hmm.num_states, -1) for moment in moments_of_all(overall)))
         return TrainState(0, GmmHmm(hmm, mixtures), aligned=aligned, aligned_in=alignment_name(1))
 
     def even_alignment(self, utt_id: str) -> Aligned:
