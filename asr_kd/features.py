@@ -183,7 +183,7 @@ def extract_features(utterances: Sequence[Utterance], folder: Path | str, option
         folder: attributes of its store are `options`, `cmvn`, `speed`, `speakers` (utt_id -> spk_id) and `means` (spk_id -> (F,)
             list for cmvn "speaker", "corpus" -> list for "corpus").
         options: of the filterbank.
-        cmvn: subtract the mean over each "speaker", each "utterance", the whole "corpus", or "none".
+        cmvn: subtract the mean over each "speaker", each "utterance", all of them ("corpus"), or not ("none").
         device: where the filterbank is computed.
         speed: 0.9 or 1.1 make perturbed copies; ids of utterances and speakers get the prefix "sp0.9-" as in Kaldi.
         num_jobs: threads that decode audio.

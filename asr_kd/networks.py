@@ -19,7 +19,7 @@ from asr_kd.model import ModelShape
 from asr_kd.precision import choose_precision
 from asr_kd.schedule import ScheduleSettings
 from asr_kd.settings import Settings
-from asr_kd.soft_targets import OnTheFlyTargets, SoftTargetRecord, SoftTargetStore, extract
+from asr_kd.soft_targets import STORED_BYTES, OnTheFlyTargets, SoftTargetRecord, SoftTargetStore, extract
 from asr_kd.stage import Record, file_fingerprint, fingerprint, run_stage, write_json
 from asr_kd.targets import Features, Targets, speed_prefix
 from asr_kd.training import CHECKPOINT, SoftTargets, TrainingSettings, train
@@ -63,7 +63,8 @@ class TrainingData:
                   "targets": fingerprint([targets.fingerprints[name] for name in names])}
         inputs |= {"context": f"{settings.left_context} + 1 + {settings.right_context}"}  # other windows of the same width are other inputs
         inputs |= {"speeds": fingerprint(prefixes)} if speeds is not None else {}
-        size = sum(store.length(utt_id) for store in states for utt_id in set(wanted).intersection(store.utt_ids)) * (2 * settings.num_mels + INDEX_BYTES)
+        num_frames = sum(store.length(utt_id) for store in states for utt_id in set(wanted).intersection(store.utt_ids))
+        size = num_frames * bytes_in_memory(settings, targets.hmm.num_states)
         place = (settings.left_context, settings.right_context, torch.device(settings.device))
         tuning = load_frame_data(stores, states, aligned(corpus.tuning), *place)
         if size <= settings.frames_in_memory_gb * 1e9:
@@ -72,6 +73,12 @@ class TrainingData:
         streamed = StreamedFrames(stores, states, wanted, *place)
         order = {"streamed": fingerprint([streamed.chunk_frames, streamed.part_frames])}
         return cls(streamed, tuning, targets.hmm.num_states, inputs | order)
+
+
+def bytes_in_memory(settings: Settings, num_states: int) -> int:
+    """Bytes per frame of features, state ids and, on a device of its own memory, soft targets (a CPU maps them from the disk)."""
+    of_soft_targets = {"compact": STORED_BYTES, "sparse": STORED_BYTES, "dense": 2 * num_states, "on_the_fly": 0}[settings.soft_targets]
+    return 2 * settings.num_mels + INDEX_BYTES + (0 if torch.device(settings.device).type == "cpu" else of_soft_targets)
 
 
 def train_networks(stage: str, folder: Path, settings: Settings, data: TrainingData, *, seeds: list[int], epochs: float, student: bool = False,

@@ -42,6 +42,7 @@ Form = Literal["dense", "compact", "sparse"]
 Encoder = Callable[[Tensor, Tensor], Tensor]  # posteriors (n, S), uniform numbers (n, 2) -> stored frames (n, width)
 
 COMPACT_CODE = "compact.safetensors"
+STORED_BYTES = 128  # per frame in the compact and sparse forms, unless asked for otherwise
 SAMPLE_FRAMES = 8192  # frames that the compact form's code is found from,
 SAMPLE_ELEMENTS = 2**26  # and at most so many probabilities
 # Teachers x frames x states in one forward pass, and at most so many frames: 256 MB in float32 on a CPU, where more frames are no faster; 2 GB
@@ -109,7 +110,7 @@ class SoftTargetRecord:
 
 
 def extract(teachers: Teachers, frames: NumberedFrames, folder: Path | str, record: SoftTargetRecord, *, seed: int, device: torch.device,
-            form: Form = "compact", bytes_per_frame: int = 128, precision: str = "fp32") -> None:
+            form: Form = "compact", bytes_per_frame: int = STORED_BYTES, precision: str = "fp32") -> None:
     """Write the soft targets of all `frames` to `folder`; an extraction that was cut off goes on after its last chunk.
 
     Of several processes each writes its share of the utterances to a folder of its own, `shard{rank}of{processes}`. Memory use does not
