@@ -64,7 +64,7 @@ class TrainingData:
         inputs |= {"context": f"{settings.left_context} + 1 + {settings.right_context}"}  # other windows of the same width are other inputs
         inputs |= {"speeds": fingerprint(prefixes)} if speeds is not None else {}
         num_frames = sum(store.length(utt_id) for store in states for utt_id in set(wanted).intersection(store.utt_ids))
-        size = num_frames * bytes_in_memory(settings, targets.hmm.num_states)
+        size = num_frames * bytes_in_memory(settings)
         place = (settings.left_context, settings.right_context, torch.device(settings.device))
         tuning = load_frame_data(stores, states, aligned(corpus.tuning), *place)
         if size <= settings.frames_in_memory_gb * 1e9:
@@ -75,10 +75,10 @@ class TrainingData:
         return cls(streamed, tuning, targets.hmm.num_states, inputs | order)
 
 
-def bytes_in_memory(settings: Settings, num_states: int) -> int:
-    """Bytes per frame of features, state ids and, on a device of its own memory, soft targets (a CPU maps them from the disk)."""
-    of_soft_targets = {"compact": STORED_BYTES, "sparse": STORED_BYTES, "dense": 2 * num_states, "on_the_fly": 0}[settings.soft_targets]
-    return 2 * settings.num_mels + INDEX_BYTES + (0 if torch.device(settings.device).type == "cpu" else of_soft_targets)
+def bytes_in_memory(settings: Settings) -> int:
+    """Bytes per frame of features, state ids and those soft targets that a GPU keeps: a CPU maps them from the disk, as everyone does dense ones."""
+    keeps_targets = torch.device(settings.device).type != "cpu" and settings.soft_targets in ("compact", "sparse")
+    return 2 * settings.num_mels + INDEX_BYTES + (STORED_BYTES if keeps_targets else 0)
 
 
 def train_networks(stage: str, folder: Path, settings: Settings, data: TrainingData, *, seeds: list[int], epochs: float, student: bool = False,
