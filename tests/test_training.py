@@ -286,6 +286,21 @@ def test_diverging_member_leaves_the_others_untouched(data: FrameData, heldout: 
         torch.testing.assert_close(stacked[[0, 2]], parameter, rtol=0, atol=1e-4)
 
 
+def test_a_lone_member_that_diverges_late_keeps_its_best_weights(data: FrameData, heldout: FrameData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = training._Trainer._losses
+
+    def losses(self: training._Trainer, *arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found, correct = whole(self, *arguments)
+        return found * (torch.nan if self.curves else 1.0), correct
+
+    monkeypatch.setattr(training._Trainer, "_losses", losses)
+    networks = Ensemble(SHAPE, [1])
+    result = train(networks, data, heldout, tmp_path, SETTINGS, seed=7)
+    assert list(result.diverged) == [0]
+    assert result.heldout_accuracy == result.curves[0]["heldout_accuracy"]
+    assert training.heldout_accuracy(networks, heldout, SETTINGS.heldout_frames) == pytest.approx(result.heldout_accuracy, abs=0.01)
+
+
 class BrokenFrame:
     """Windows of which one is NaN."""
 
