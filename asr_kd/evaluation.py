@@ -17,7 +17,6 @@ from asr_kd.precision import precision_context
 _CHUNK_ELEMENTS = 16_000_000  # logits of all members that are computed at once
 
 
-@torch.no_grad()
 def log_posteriors(networks: Ensemble, windows: Windows, utt_ids: Sequence[str] | None = None) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """Yield (utt_id, (T, S) natural log posteriors), of the mean of all members' posteriors; matrix products in float32.
 
@@ -26,22 +25,19 @@ def log_posteriors(networks: Ensemble, windows: Windows, utt_ids: Sequence[str] 
         utt_ids: which utterances; all of `windows` by default.
     """
     for utt_id in windows.utt_ids if utt_ids is None else utt_ids:
-        with precision_context("fp32", networks.input_mean.device):
-            parts = [mean_log_posteriors(log_probs) for log_probs in _chunks(networks, windows.utterance(utt_id))]
-        yield utt_id, torch.cat(parts).cpu().numpy()
+        yield utt_id, torch.cat([mean_log_posteriors(part) for part in member_log_posteriors(networks, windows, utt_id)]).cpu().numpy()
 
 
-def member_log_posteriors(networks: Ensemble, windows: Windows, utt_id: str) -> Tensor:
-    """Natural log posteriors of every member for one utterance, (K, T, S) float32."""
-    with torch.no_grad():
-        return torch.cat(list(_chunks(networks, windows.utterance(utt_id))), 1)
+def member_log_posteriors(networks: Ensemble, windows: Windows, utt_id: str) -> Iterator[Tensor]:
+    """Yield natural log posteriors of every member for an utterance, (K, n, S) float32, n frames at a time; matrix products in float32.
 
-
-def _chunks(networks: Ensemble, inputs: Tensor) -> Iterator[Tensor]:
-    """Log posteriors of every member, (K, T, S) in float32, for a few frames at a time."""
-    chunk_frames = max(1, _CHUNK_ELEMENTS // (len(networks) * networks.shape.num_states))
-    for part in torch.split(inputs, chunk_frames):
-        yield networks(part).float().log_softmax(-1)
+    All frames at once would be 2 GB for ten members, 14,000 states and 35 s.
+    """
+    inputs = windows.utterance(utt_id)
+    for part in torch.split(inputs, max(1, _CHUNK_ELEMENTS // (len(networks) * networks.shape.num_states))):
+        with torch.no_grad(), precision_context("fp32", inputs.device):
+            log_probs = networks(part).log_softmax(-1)
+        yield log_probs
 
 
 def mean_log_posteriors(log_probs: Tensor) -> Tensor:

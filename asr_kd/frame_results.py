@@ -11,6 +11,7 @@ from torch import Tensor
 
 from asr_kd.calibration import PosteriorQuality, posterior_quality
 from asr_kd.ensemble import Ensemble
+from asr_kd.errors import AsrKdError
 from asr_kd.evaluation import mean_log_posteriors, member_log_posteriors
 from asr_kd.features import Windows
 from asr_kd.frames import FrameStore
@@ -41,9 +42,9 @@ class FrameResult:
         return sum(self.counts.values(), FrameCounts()).accuracy
 
     def add(self, utt_id: str, reference: NDArray[np.int64], log_posteriors: Tensor, phone_of_state: NDArray[np.int64]) -> None:
-        """Count one utterance: (T,) reference states against (T, S) log posteriors."""
+        """Count frames of an utterance, some or all: (n,) reference states against (n, S) log posteriors."""
         predicted = log_posteriors.argmax(-1).cpu().numpy()
-        self.counts[utt_id] = frame_counts(utt_id, reference, predicted)
+        self.counts[utt_id] = self.counts.get(utt_id, FrameCounts()) + frame_counts(utt_id, reference, predicted)
         own = posterior_quality(log_posteriors, torch.from_numpy(reference).to(log_posteriors.device))
         self.quality = own if self.quality is None else self.quality + own
         self.phone_confusions += frame_confusions(phone_of_state[reference], phone_of_state[predicted], self.num_phones)
@@ -62,8 +63,12 @@ def evaluate_frames(networks: Ensemble, windows: Windows, targets: FrameStore, p
     num_phones = int(phone_of_state.max()) + 1
     members, ensemble = [FrameResult(num_phones) for _ in range(len(networks))], FrameResult(num_phones)
     for utt_id in progress([utt_id for utt_id in windows.utt_ids if utt_id in targets], "frame accuracy", unit="utt"):
-        reference = np.asarray(targets[utt_id], dtype=np.int64)
-        log_posteriors = member_log_posteriors(networks, windows, utt_id)  # (K, T, S)
-        for result, own in zip([*members, ensemble], [*log_posteriors, mean_log_posteriors(log_posteriors)], strict=True):
-            result.add(utt_id, reference, own, phone_of_state)
+        reference, (begin, end) = np.asarray(targets[utt_id], dtype=np.int64), windows.span(utt_id)
+        if len(reference) != end - begin:
+            raise AsrKdError(f"{utt_id}: {len(reference)} targets for {end - begin} frames; run the align stage again")
+        done = 0
+        for log_posteriors in member_log_posteriors(networks, windows, utt_id):  # (K, n, S)
+            part = reference[done : (done := done + log_posteriors.shape[1])]
+            for result, own in zip([*members, ensemble], [*log_posteriors, mean_log_posteriors(log_posteriors)], strict=True):
+                result.add(utt_id, part, own, phone_of_state)
     return members, ensemble

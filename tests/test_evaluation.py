@@ -8,10 +8,13 @@ import torch
 
 from asr_kd import evaluation
 from asr_kd.ensemble import Ensemble
-from asr_kd.evaluation import log_posteriors, member_log_posteriors
+from asr_kd.errors import AsrKdError
+from asr_kd.evaluation import log_posteriors
 from asr_kd.features import Windows
+from asr_kd.frame_results import evaluate_frames
 from asr_kd.frames import FrameStore, FrameWriter
 from asr_kd.model import ModelShape
+from asr_kd.score import FrameCounts
 
 LENGTHS = {"a": 30, "b": 1, "c": 17}
 
@@ -54,6 +57,36 @@ def test_log_posteriors(features: FrameStore, networks: Ensemble, monkeypatch: p
             np.testing.assert_allclose(np.exp(second[utt_id]), expected[1], rtol=1e-4, atol=1e-6)
 
 
-def test_member_log_posteriors(features: FrameStore, networks: Ensemble) -> None:
-    log_probs = member_log_posteriors(networks, Windows(features, None, 2, 1), "c")
-    np.testing.assert_allclose(log_probs.exp().numpy(), direct_posteriors(networks, features["c"]), rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("chunk_frames", [7, 1000])
+def test_frame_results(features: FrameStore, networks: Ensemble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk_frames: int) -> None:
+    monkeypatch.setattr(evaluation, "_CHUNK_ELEMENTS", chunk_frames * 15)
+    rng = np.random.default_rng(1)
+    states = {utt_id: rng.integers(5, size=LENGTHS[utt_id]) for utt_id in ("a", "c")}  # b could not be aligned
+    targets = store_of(tmp_path / "targets", states)
+    phone_of_state = np.array([0, 1, 1, 2, 2])
+    members, ensemble = evaluate_frames(networks, Windows(features, None, 2, 1), targets, phone_of_state)
+
+    posteriors = {utt_id: direct_posteriors(networks, features[utt_id]) for utt_id in states}
+    for result, of in [(ensemble, lambda p: p.mean(0)), (members[2], lambda p: p[2])]:
+        own = {utt_id: of(posteriors[utt_id]) for utt_id in states}
+        assert result.counts == {utt_id: FrameCounts(int((own[utt_id].argmax(-1) == states[utt_id]).sum()), LENGTHS[utt_id]) for utt_id in states}
+        of_reference = np.concatenate([own[utt_id][np.arange(len(states[utt_id])), states[utt_id]] for utt_id in states])
+        assert result.quality is not None
+        assert result.quality.as_json()["nll"] == pytest.approx(-np.log(of_reference).mean(), rel=1e-4)
+        confusions = np.zeros((3, 3), int)
+        for utt_id in states:
+            np.add.at(confusions, (phone_of_state[states[utt_id]], phone_of_state[own[utt_id].argmax(-1)]), 1)
+        np.testing.assert_array_equal(result.phone_confusions, confusions)
+
+
+def test_frame_results_of_targets_of_another_length(features: FrameStore, networks: Ensemble, tmp_path: Path) -> None:
+    targets = store_of(tmp_path / "targets", {"a": np.zeros(LENGTHS["a"] - 1, int)})
+    with pytest.raises(AsrKdError, match="a: 29 targets for 30 frames; run the align stage again"):
+        evaluate_frames(networks, Windows(features, None, 2, 1), targets, np.zeros(5, int))
+
+
+def store_of(folder: Path, states: dict[str, np.ndarray]) -> FrameStore:
+    with FrameWriter(folder, (), np.int32) as writer:
+        for utt_id, own in states.items():
+            writer.append(utt_id, own)
+    return FrameStore(folder)
