@@ -316,3 +316,5 @@ def test_temperature_sweep(finished: Path) -> None:
     assert "Temperature" in (finished / "report.md").read_text()
     assert run(finished).returncode == 0  # without a sweep: the one that was made is still of these networks
     assert read_json(finished / "results.json")["temperature_sweep"] == results["temperature_sweep"]
+    assert run(finished, "--dev_splits", "[]").returncode == 0
+    assert "temperature_sweep" not in read_json(finished / "results.json")  # it was of a split that is no more
