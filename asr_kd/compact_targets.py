@@ -19,6 +19,7 @@ lowest | ids of the entries that are kept | their probabilities in 1/65535.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +45,7 @@ STEP_FACTORS = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0)  # coordinates are no Gaussians
 EXACT_SHARES = (0.125, 0.25, 0.375, 0.5)  # of a record for entries as they are: which is best depends on the temperature
 TESTED_FRAMES = 1024  # of the sample, at most an eighth: these are not learnt from but choose that share
 OVERSAMPLED = 16
+_MAX_LOG2 = 100.0  # far outside of what any frame has, and sums over all states stay finite
 POWER_ITERATIONS = 3
 
 
@@ -76,9 +78,9 @@ class CompactCode:
 
     @cached_property
     def _float32(self) -> tuple[list[Tensor], Tensor]:
-        """What each byte of coordinates of 8, 4 and 2 bits stands for, (256, 1), (256, 2) and (256, 4); directions times steps (R, S)."""
+        """What each byte of coordinates of 8, 4 and 2 bits stands for, (256, 1), (256, 2) and (256, 4); directions times steps (R, S), for base 2."""
         octets = torch.arange(256, dtype=torch.uint8, device=self.mean.device)[:, None]
-        return [_centre(_unpacked(octets, bits), bits) for bits in BITS], (self.directions * self.steps).t().contiguous()
+        return [_centre(_unpacked(octets, bits), bits) for bits in BITS], (self.directions * self.steps / math.log(2)).t().contiguous()
 
     @cached_property
     def _bfloat16(self) -> tuple[list[Tensor], Tensor]:
@@ -91,7 +93,9 @@ class CompactCode:
             coordinates = (floored_log(posteriors) - self.mean) @ self.directions / self.steps  # (N, R)
         levels = [_levels(own, bits) for own, bits in zip(coordinates.split_with_sizes(self.sizes, 1), BITS, strict=True)]
         octets = torch.cat([_packed(own, bits) for own, bits in zip(levels, BITS, strict=True)], 1)
-        ids = (posteriors - self._logs(octets).softmax(1)).abs_().topk(self.num_exact).indices
+        described = self._weights(octets)
+        described /= described.sum(1, keepdim=True)
+        ids = (posteriors - described).abs_().topk(self.num_exact).indices
         exact = posteriors.gather(1, ids)
         rest = (posteriors.sum(1, keepdim=True) - exact.sum(1, keepdim=True)).clamp(min=0)
         units = round_to_units(torch.cat([exact, rest], 1).double(), 0.5)[:, :-1]
@@ -101,11 +105,12 @@ class CompactCode:
         """Distributions (N, S), float32, of records (N, W)."""
         words, ids, units = records.split_with_sizes([records.shape[1] - 2 * self.num_exact, self.num_exact, self.num_exact], 1)
         ids, units = unsigned_words(ids), unsigned_words(units)
-        tail = self._logs(words.contiguous().view(torch.uint8)).scatter_(1, ids, -torch.inf).softmax(1)
-        return tail.mul_((UNITS - units.sum(1, keepdim=True)) / UNITS).scatter_(1, ids, units / UNITS)
+        weights = self._weights(words.contiguous().view(torch.uint8)).scatter_(1, ids, 0.0)
+        rest = (UNITS - units.sum(1, keepdim=True)) / UNITS
+        return weights.mul_(rest / weights.sum(1, keepdim=True)).scatter_(1, ids, units / UNITS)
 
-    def _logs(self, octets: Tensor) -> Tensor:
-        """(N, S) log p, up to a constant per frame, that coordinates packed in bytes (N, B) describe.
+    def _weights(self, octets: Tensor) -> Tensor:
+        """(N, S) p, up to a factor per frame, that coordinates packed in bytes (N, B) describe.
 
         Inside bfloat16 autocast the product is made in bfloat16, which takes small half numbers as they are and rounds log p by
         less than a hundredth of what the code loses of it.
@@ -116,7 +121,8 @@ class CompactCode:
         parts = zip(octets.int().split_with_sizes(self._widths, 1), tables, strict=True)
         coordinates = torch.cat([functional.embedding(own, table).flatten(1) for own, table in parts], 1)  # (N, R) in units of their steps
         with torch.autocast(kind, enabled=False):
-            return (coordinates @ scaled).float().add_(self.mean)
+            logs = (coordinates @ scaled).float().add_(self.mean, alpha=1 / math.log(2))
+            return logs.clamp_(-_MAX_LOG2, _MAX_LOG2).exp2_()  # torch's softmax takes twice as long
 
     def to(self, device: torch.device) -> CompactCode:
         return replace(self, mean=self.mean.to(device), directions=self.directions.to(device), steps=self.steps.to(device))

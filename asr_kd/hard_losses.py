@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def _block(logits: Tensor, ids: Tensor, num_frames: int) -> tuple[Tensor, Tensor
     """Losses and correctness of some rows, (n, S) and (n, 1) -> (n,) and (n,); leaves (softmax(z) - onehot(y)) / B in `logits`."""
     scores = logits.float()
     top, of_target = scores.amax(1, keepdim=True), scores.gather(1, ids)
-    exponentials = (scores - top).exp_()
+    exponentials = (scores - top).mul_(1 / math.log(2)).exp2_()  # torch's exp takes three times as long as its exp2
     total = exponentials.sum(1, keepdim=True)
     gradient = exponentials.mul_((total * num_frames).reciprocal())
     logits.copy_(gradient.scatter_add_(1, ids, torch.full_like(of_target, -1.0 / num_frames)))

@@ -364,34 +364,48 @@ def _losses_and_gradient(logits: Tensor, rows: _Rows, settings: _Settings, gradi
     temperature, hard_weight, kl, _ = settings
     logits, rows = _without_padding(logits, rows)
     p, mass = rows.probabilities, rows.probabilities.sum(-1)
-    shifted = logits - logits.amax(-1, keepdim=True)  # the largest is 0, its posterior 1 / sum of exp
-    tempered = shifted * (1 / temperature)
-    q = torch.softmax(tempered, -1, out=gradient)
-    log_sum = -q.amax(-1).log()
-    tempered.clamp_(min=torch.finfo(q.dtype).min)  # 0 * -inf = 0
+    top = logits.amax(-1, keepdim=True)
+    tempered = (logits - top).mul_(1 / (math.log(2) * temperature))  # logarithms to base 2: torch's exp2 takes a third of the time of its exp
+    exponentials = torch.exp2(tempered, out=gradient)
+    total = exponentials.sum(-1)
+    least = torch.finfo(total.dtype).min
+    tempered.clamp_(min=least)  # 0 * -inf = 0
+    posteriors = (tempered * temperature).exp2_() if rows.hard is not None and temperature not in (1, 2) else None
+    num_unlisted, each = 0, None
     if rows.indices is None:
-        soft = mass * log_sum - tempered.mul_(p).sum(-1)
-        gradient.mul_((temperature * mass).unsqueeze(-1)).sub_(p, alpha=temperature)
+        score = tempered.mul_(p).sum(-1)
     else:
-        num_unlisted = logits.shape[-1] - rows.indices.shape[-1]
-        score, each = (p * tempered.gather(-1, rows.indices)).sum(-1), torch.zeros_like(p[:, :1])
+        score = (p * tempered.gather(-1, rows.indices)).sum(-1)
         if rows.tail is not None:
+            num_unlisted = logits.shape[-1] - rows.indices.shape[-1]
             each = _each_unlisted(rows.tail, num_unlisted)
-            unlisted = tempered.scatter_(-1, rows.indices, 0.0).sum(-1).clamp_(min=torch.finfo(q.dtype).min)  # of several masked classes: -inf
+            unlisted = tempered.scatter_(-1, rows.indices, 0.0).sum(-1).clamp_(min=least)  # of several masked classes: -inf
             score += each.squeeze(-1) * unlisted
             mass = mass + each.squeeze(-1) * num_unlisted
-        soft = mass * log_sum - score
-        gradient.mul_((temperature * mass).unsqueeze(-1))
-        if rows.tail is not None:
-            gradient.sub_(temperature * each)
-        gradient.scatter_add_(-1, rows.indices, temperature * (each - p))
+    soft = mass * total.log() - math.log(2) * score
     losses = temperature**2 * (soft - _entropy(rows, logits.shape[-1]) if kl else soft)
-    if rows.hard is not None:
+    factor = (temperature * mass / total).unsqueeze(-1)
+    if rows.hard is None:
+        gradient.mul_(factor)
+    else:
         hard = rows.hard.unsqueeze(-1)
-        log_hard = shifted.gather(-1, hard).squeeze(-1)
-        posteriors = shifted.softmax(-1)
-        losses -= hard_weight * (log_hard + posteriors.amax(-1).log())
-        gradient.add_(posteriors, alpha=hard_weight).scatter_add_(-1, hard, gradient.new_full(hard.shape, -hard_weight))
+        if temperature == 1:
+            hard_total = total
+            gradient.mul_(factor + (hard_weight / hard_total).unsqueeze(-1))
+        elif posteriors is None:  # at T = 2, where exp(z) is the square of exp(z / 2)
+            hard_total = torch.linalg.vector_norm(exponentials, dim=-1).square()
+            gradient.mul_(torch.mul(exponentials, (hard_weight / hard_total).unsqueeze(-1), out=tempered).add_(factor))
+        else:
+            hard_total = posteriors.sum(-1)
+            gradient.mul_(factor).add_(posteriors.mul_((hard_weight / hard_total).unsqueeze(-1)))
+        losses += hard_weight * (hard_total.log() + (top - logits.gather(-1, hard)).squeeze(-1))
+        gradient.scatter_add_(-1, hard, gradient.new_full(hard.shape, -hard_weight))
+    if rows.indices is None:
+        gradient.sub_(p, alpha=temperature)
+    elif each is None:
+        gradient.scatter_add_(-1, rows.indices, -temperature * p)
+    else:
+        gradient.sub_(temperature * each).scatter_add_(-1, rows.indices, temperature * (each - p))
     if rows.valid is not None:
         gradient.masked_fill_(~rows.valid.unsqueeze(-1), 0)
         losses.masked_fill_(~rows.valid, 0)
