@@ -16,7 +16,7 @@ import math
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from asr_kd.const_fst import map_const_fst
 from asr_kd.errors import AsrKdError
 from asr_kd.hclg import write_hclg
 from asr_kd.hmm.model import SIL, HmmModel
-from asr_kd.lexicon import Lexicon, Pronunciation
+from asr_kd.lexicon import Lexicon, SpokenWords
 from asr_kd.lm import read_vocabulary
 from asr_kd.progress import progress
 from asr_kd.stage import atomic_path, file_fingerprint, read_json, write_json, write_text
@@ -43,8 +43,6 @@ WORDS = "words.txt"
 INFO = "graph.json"
 _SPECIAL = ("<eps>", "#0", "<s>", "</s>")
 
-PronunciationCounts = Mapping[tuple[str, Pronunciation], int]
-
 
 @dataclass(frozen=True)
 class GraphSettings:
@@ -54,12 +52,16 @@ class GraphSettings:
         pseudo_count: of a word's n pronunciations, one that was seen c times out of C has probability (c + pseudo_count) / (C + n pseudo_count);
             those of a word never seen have 1 / n.
         transition_scale: factor on the log transition probabilities; like Kaldi's self-loop scale it is near the acoustic scale.
-        silence_probability: probability of silence between words; None takes the one the HMM learned.
+        silence_probability: p of silence after a word that was never seen; None takes the one between words that the HMM learned.
+        silence_pseudo_count: after a word that was seen C times, c times with silence behind it, silence has probability
+            (c + silence_pseudo_count p) / (C + silence_pseudo_count), as in Chen et al. (2015), Pronunciation and silence probability
+            modeling for ASR.
     """
 
     pseudo_count: float = 1.0
     transition_scale: float = 0.1
     silence_probability: float | None = None
+    silence_pseudo_count: float = 2.0
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class _LexiconFst:
 
 
 def build_graph(lexicon: Lexicon, arpa: Path | str, hmm: HmmModel, folder: Path | str, settings: GraphSettings | None = None,
-                counts: PronunciationCounts | None = None) -> dict[str, Any]:
+                spoken: SpokenWords | None = None) -> dict[str, Any]:
     """Build HCLG and its word table in `folder`; returns what `graph.json` holds (sizes and counts of words left out).
 
     Words of the language model without pronunciation, and words of the lexicon that the language model lacks, cannot be
@@ -81,7 +83,7 @@ def build_graph(lexicon: Lexicon, arpa: Path | str, hmm: HmmModel, folder: Path 
         hmm: gives state ids of triphones, transitions and the probability of silence between words.
         folder: written; whole only if `graph.json` is there, which is written last.
         settings: see `GraphSettings`.
-        counts: (word, pronunciation) -> how often it was seen in training; without it a word's pronunciations are equally probable.
+        spoken: how words were said in training; without it a word's pronunciations are equally probable, and silence is as probable after every word.
 
     Raises:
         AsrKdError: cut-off or malformed ARPA, no word in common, phones the HMM does not have, or a full disk.
@@ -102,7 +104,7 @@ def build_graph(lexicon: Lexicon, arpa: Path | str, hmm: HmmModel, folder: Path 
             plain.unlink()
             bar.update(1)
             first_disambig = len(hmm.phones) + 1
-            lexicon_fst = lexicon_fst_text(lexicon, words, hmm, settings, counts or {})
+            lexicon_fst = lexicon_fst_text(lexicon, words, hmm, settings, spoken or SpokenWords())
             lg = _compose_lexicon(lexicon_fst, grammar, first_disambig, len(words) + 1)
             del grammar
             bar.update(1)
@@ -145,19 +147,27 @@ def read_graph_info(folder: Path | str) -> tuple[dict[str, Any], list[str]]:
     return info, [line.split()[0] for line in lines]
 
 
-def lexicon_fst_text(lexicon: Lexicon, words: Sequence[str], hmm: HmmModel, settings: GraphSettings, counts: PronunciationCounts) -> _LexiconFst:
+def lexicon_fst_text(lexicon: Lexicon, words: Sequence[str], hmm: HmmModel, settings: GraphSettings, spoken: SpokenWords) -> _LexiconFst:
     """The lexicon transducer in OpenFst's text form: phone ids in, word labels (position in `words` + 1) out.
 
     State 0 starts, 1 is between words (final), 2 is before silence. A pronunciation that another equals or begins with
     ends in a disambiguation symbol of its own, as silence does (Kaldi's `add_lex_disambig` and `sildisambig`).
     """
-    silence_probability = math.exp(hmm.log_optional_silence) if settings.silence_probability is None else settings.silence_probability
-    if not settings.pseudo_count > 0:
-        raise AsrKdError(f"graph: pseudo count {settings.pseudo_count:g}, expected more than 0; change the settings")
-    if not 0 < silence_probability < 1:
-        raise AsrKdError(f"graph: silence probability {silence_probability:g}, expected a value between 0 and 1; change the settings")
-    no_silence, silence = -math.log1p(-silence_probability), -math.log(silence_probability)
-    entries = _entries(lexicon, words, hmm.phones, settings.pseudo_count, counts)
+    general = math.exp(hmm.log_optional_silence) if settings.silence_probability is None else settings.silence_probability
+    for name, count in (("pseudo count", settings.pseudo_count), ("silence pseudo count", settings.silence_pseudo_count)):
+        if not count > 0:
+            raise AsrKdError(f"graph: {name} {count:g}, expected more than 0; change the settings")
+    if not 0 < general < 1:
+        raise AsrKdError(f"graph: silence probability {general:g}, expected a value between 0 and 1; change the settings")
+
+    def costs_after(word: str) -> tuple[float, float]:
+        """Costs of no silence and of silence."""
+        with_silence, without, more = spoken.pauses[word, True], spoken.pauses[word, False], settings.silence_pseudo_count
+        probability = (with_silence + more * general) / (with_silence + without + more)
+        return -math.log1p(-probability), -math.log(probability)
+
+    no_silence, silence = costs_after("<s>")
+    entries = _entries(lexicon, words, hmm.phones, settings.pseudo_count, spoken)
     first_disambig = len(hmm.phones) + 1
     numbers = disambiguation_numbers([phones for _, phones, _ in entries])
     silence_symbol = first_disambig + max(numbers, default=0) + 1
@@ -170,6 +180,7 @@ def lexicon_fst_text(lexicon: Lexicon, words: Sequence[str], hmm: HmmModel, sett
             lines.append(f"{state} {next_state} {symbol} {label if position == 0 else 0} {cost if position == 0 else 0.0:.6f}")
             state, next_state = next_state, next_state + 1
         last_label, last_cost = (label, cost) if len(symbols) == 1 else (0, 0.0)
+        no_silence, silence = costs_after(words[label - 1])
         lines.append(f"{state} 1 {symbols[-1]} {last_label} {last_cost + no_silence:.6f}")
         lines.append(f"{state} 2 {symbols[-1]} {last_label} {last_cost + silence:.6f}")
     lines.append("1 0")
@@ -198,7 +209,7 @@ def _symbols(words: Sequence[str]) -> list[str]:
 
 
 def _entries(lexicon: Lexicon, words: Sequence[str], phones: Sequence[str], pseudo_count: float,
-             counts: PronunciationCounts) -> list[tuple[int, tuple[int, ...], float]]:
+             spoken: SpokenWords) -> list[tuple[int, tuple[int, ...], float]]:
     """Word label, phone ids and cost of every pronunciation."""
     phone_ids = {phone: index + 1 for index, phone in enumerate(phones)}
     unknown = sorted({phone for word in words for variant in lexicon[word] for phone in variant if phone not in phone_ids})
@@ -207,7 +218,7 @@ def _entries(lexicon: Lexicon, words: Sequence[str], phones: Sequence[str], pseu
                          "use the lexicon that the HMM was trained with")
     entries = []
     for label, word in enumerate(words, start=1):
-        weights = [counts.get((word, variant), 0) + pseudo_count for variant in lexicon[word]]
+        weights = [spoken.pronunciations[word, variant] + pseudo_count for variant in lexicon[word]]
         for variant, weight in zip(lexicon[word], weights, strict=True):
             entries.append((label, tuple(phone_ids[phone] for phone in variant), math.log(sum(weights) / weight)))
     return entries

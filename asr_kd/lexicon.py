@@ -14,8 +14,9 @@ from __future__ import annotations
 import logging
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
@@ -115,6 +116,19 @@ class Lexicon:
     def _case_hint(self, word: str, source: str = "the transcripts") -> str:
         other = next((form for form in (word.upper(), word.lower()) if form != word and form in self), None)
         return f" ({other!r} is: the lexicon and {source} differ in case)" if other else ""
+
+
+@dataclass(frozen=True)
+class SpokenWords:
+    """How words were said in aligned speech.
+
+    Attributes:
+        pronunciations: (word, pronunciation) -> how often.
+        pauses: (word, whether silence follows it) -> how often; `<s>` stands for the start of an utterance.
+    """
+
+    pronunciations: Counter[tuple[str, Pronunciation]] = field(default_factory=Counter)
+    pauses: Counter[tuple[str, bool]] = field(default_factory=Counter)
 
 
 class _Entry(NamedTuple):

@@ -45,13 +45,13 @@ class Recogniser:
 
 
 def prepare_graph(settings: Settings, corpus: Corpus, text: Text, targets: Targets, targets_fingerprint: str) -> Record:
-    """Build the decoding graph; how probable a word's pronunciations are is counted in the aligned training speech."""
+    """Build the decoding graph; how probable a word's pronunciations are, and silence after it, is counted in the aligned training speech."""
     choices = GraphSettings()
 
     def work(folder: Path) -> None:
         words = corpus.words
-        counts = targets.pronunciation_counts({utt_id: words[utt_id] for utt_id in corpus.train})
-        build_graph(text.lexicon, text.arpa, targets.hmm, folder, choices, counts)
+        spoken = targets.spoken_words({utt_id: words[utt_id] for utt_id in corpus.train})
+        build_graph(text.lexicon, text.arpa, targets.hmm, folder, choices, spoken)
 
     return run_stage("graph", settings.output / "graph", asdict(choices), {"text": text.fingerprint, "hmm": targets_fingerprint}, work)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +20,7 @@ from asr_kd.hmm.align import Segments, align, align_with_network, with_state_pri
 from asr_kd.hmm.aligner import Aligner
 from asr_kd.hmm.model import HmmModel
 from asr_kd.hmm.train import GmmHmmSettings, train_gmm_hmm
-from asr_kd.lexicon import Pronunciation
+from asr_kd.lexicon import SpokenWords
 from asr_kd.manifest import Utterance
 from asr_kd.settings import Settings
 from asr_kd.stage import Record, combined, fingerprint, folder_fingerprint, run_stage
@@ -78,15 +76,17 @@ class Targets:
     hmm: HmmModel
     fingerprints: dict[str, str]
 
-    def pronunciation_counts(self, transcripts: Words) -> Counter[tuple[str, Pronunciation]]:
-        """How often words were aligned to which of their pronunciations in some utterances; those without alignment count nothing."""
-        counts: Counter[tuple[str, Pronunciation]] = Counter()
+    def spoken_words(self, transcripts: Words) -> SpokenWords:
+        """How words were said in some utterances, of which those without alignment count nothing."""
+        spoken = SpokenWords()
         for store in self.stores.values():
             aligned = transcripts.keys() & store.utt_ids
             if aligned:  # never in copies at other speeds, which have no segments
                 segments = Segments(store.folder)
-                counts.update(itertools.chain.from_iterable(segments.pronunciations(utt_id, transcripts[utt_id]) for utt_id in aligned))
-        return counts
+                for utt_id in aligned:
+                    spoken.pronunciations.update(segments.pronunciations(utt_id, transcripts[utt_id]))
+                    spoken.pauses.update(segments.pauses(utt_id, transcripts[utt_id]))
+        return spoken
 
 
 def prepare_features(settings: Settings, corpus: Corpus) -> tuple[Features, Record]:

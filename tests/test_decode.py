@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,28 +27,29 @@ from asr_kd.decode import (
 from asr_kd.errors import AsrKdError
 from asr_kd.graph import INFO, WORDS, build_graph
 from asr_kd.hmm.model import HmmModel
-from asr_kd.lexicon import Lexicon
+from asr_kd.lexicon import Lexicon, SpokenWords
 from asr_kd.lm import Arpa, estimate_kneser_ney, write_arpa
 
 WIDE = DecodeSettings(acoustic_scale=0.5, beam=1000.0, max_active=1_000_000)
 # A and AY: one begins with the other; RED and READ: homophones, and READ has a second pronunciation
 LEXICON = Lexicon({"A": (("A",),), "AY": (("A", "Y"),), "RED": (("R", "E"),), "READ": (("R", "E"), ("R", "Y"))})
 TEXT = [("A", "RED"), ("READ", "A"), ("A", "AY"), ("RED", "A"), ("RED",), ("AY", "READ", "A")]
-SEEN = {("READ", ("R", "Y")): 98}
+SEEN = SpokenWords(Counter({("READ", ("R", "Y")): 98}), Counter({("RED", True): 7, ("RED", False): 1, ("<s>", False): 18}))
 PROBABILITIES = {("READ", ("R", "E")): 1 / 100, ("READ", ("R", "Y")): 99 / 100}  # of these counts, each with one more
+SILENCES = {"RED": 7.6 / 10, "<s>": 0.6 / 20}  # with two more, at the model's probability of 0.3
 TOLERANCE = 0.02  # minimisation rounds weights to 1/1024
 
 
 class Toy:
-    """Graph folder, model and language model of the toy task; an odd one has seen pronunciations."""
+    """Graph folder, model and language model of the toy task; an odd one has seen how words are said."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder = folder
-        counts, self.probabilities = (SEEN, PROBABILITIES) if seed % 2 else (None, {})
+        spoken, self.probabilities, self.silences = (SEEN, PROBABILITIES, SILENCES) if seed % 2 else (None, {}, {})
         self.hmm: HmmModel = toy_hmm(LEXICON.phones, seed=seed)
         self.arpa: Arpa = estimate_kneser_ney(TEXT, order=2)
         write_arpa(self.arpa, folder / "lm.arpa.gz")
-        build_graph(LEXICON, folder / "lm.arpa.gz", self.hmm, folder / "graph", counts=counts)
+        build_graph(LEXICON, folder / "lm.arpa.gz", self.hmm, folder / "graph", spoken=spoken)
 
     def posteriors(self, num_frames: int, seed: int) -> NDArray[np.float32]:
         logits = 2 * np.random.default_rng(seed).standard_normal((num_frames, self.hmm.num_states))
@@ -68,7 +70,7 @@ def toy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 @pytest.mark.parametrize(("num_frames", "seed"), [(3, 1), (7, 2), (10, 3), (12, 4)])
 def test_finds_the_path_of_exhaustive_search(toy: Toy, num_frames: int, seed: int) -> None:
     log_posteriors = toy.posteriors(num_frames, seed)
-    plain = exhaustive_search(LEXICON, toy.arpa, toy.hmm, toy.frame_costs(log_posteriors, 0.5), toy.probabilities)
+    plain = exhaustive_search(LEXICON, toy.arpa, toy.hmm, toy.frame_costs(log_posteriors, 0.5), toy.probabilities, toy.silences)
     for penalty in (0.0, 1.5, -1.0):
         found = toy.decoder(DecodeSettings(0.5, penalty, WIDE.beam, WIDE.max_active)).decode("utt", log_posteriors)
         costs = {words: cost + penalty * len(words) for words, cost in plain.items()}

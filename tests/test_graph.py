@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,10 +19,10 @@ from toy_graph import toy_hmm
 
 from asr_kd.const_fst import ConstFst, ConstFstWriter, copy_with_word_cost, map_const_fst
 from asr_kd.errors import AsrKdError
-from asr_kd.graph import GRAPH, GraphSettings, PronunciationCounts, build_graph, compile_grammar, disambiguation_numbers, lexicon_fst_text, read_graph_info
+from asr_kd.graph import GRAPH, GraphSettings, build_graph, compile_grammar, disambiguation_numbers, lexicon_fst_text, read_graph_info
 from asr_kd.hclg import write_hclg
 from asr_kd.hmm.model import untied_model
-from asr_kd.lexicon import Lexicon
+from asr_kd.lexicon import Lexicon, SpokenWords
 from asr_kd.lm import estimate_kneser_ney, read_vocabulary, write_arpa
 
 LEXICON = Lexicon({"A": (("A",),), "AY": (("A", "Y"),), "RED": (("R", "E"),), "READ": (("R", "E"), ("R", "Y")), "NEVER": (("E",),)})
@@ -70,15 +71,25 @@ def test_labels_are_state_ids_and_every_state_loops(arpa_path: Path, tmp_path: P
 def test_costs_of_pronunciations_by_hand() -> None:
     """READ was seen as R Y twice: with one more of each of two pronunciations 3 in 4; a word never seen has as much of each."""
     hmm = toy_hmm(LEXICON.phones)
-    counts = {("READ", ("R", "Y")): 2, ("RED", ("R", "E")): 5}
+    spoken = SpokenWords(Counter({("READ", ("R", "Y")): 2, ("RED", ("R", "E")): 5}))
 
-    def costs(counts: PronunciationCounts) -> list[tuple[str, float]]:
+    def costs(spoken: SpokenWords) -> list[tuple[str, float]]:
         """Word label and cost of each pronunciation's first arc."""
-        arcs = [line.split() for line in lexicon_fst_text(LEXICON, ["READ", "RED"], hmm, GraphSettings(), counts).text.splitlines()]
+        arcs = [line.split() for line in lexicon_fst_text(LEXICON, ["READ", "RED"], hmm, GraphSettings(), spoken).text.splitlines()]
         return [(arc[3], float(arc[4])) for arc in arcs if len(arc) == 5 and arc[3] != "0"]
 
-    assert costs(counts) == [("1", pytest.approx(math.log(4), abs=1e-6)), ("1", pytest.approx(math.log(4 / 3), abs=1e-6)), ("2", 0.0)]
-    assert costs({}) == [("1", pytest.approx(math.log(2), abs=1e-6)), ("1", pytest.approx(math.log(2), abs=1e-6)), ("2", 0.0)]
+    assert costs(spoken) == [("1", pytest.approx(math.log(4), abs=1e-6)), ("1", pytest.approx(math.log(4 / 3), abs=1e-6)), ("2", 0.0)]
+    assert costs(SpokenWords()) == [("1", pytest.approx(math.log(2), abs=1e-6)), ("1", pytest.approx(math.log(2), abs=1e-6)), ("2", 0.0)]
+
+
+def test_costs_of_silence_by_hand() -> None:
+    """RED was seen six times, once before silence: with two more of probability 0.3, (1 + 0.6) / (6 + 2) = 0.2; AY was never seen."""
+    spoken = SpokenWords(pauses=Counter({("RED", True): 1, ("RED", False): 5, ("<s>", True): 8}))
+    lines = lexicon_fst_text(LEXICON, ["RED", "AY"], toy_hmm(LEXICON.phones), GraphSettings(), spoken).text.splitlines()
+    into = {state: [float(line.split()[4]) for line in lines if len(line.split()) == 5 and line.split()[1] == state] for state in "12"}  # 2: silence follows
+    expected = [(8 + 0.6) / 10, 0.2, 0.3]  # of the start, RED, AY
+    assert into["2"] == pytest.approx([-math.log(p) for p in expected], abs=1e-6)
+    assert into["1"] == pytest.approx([-math.log(1 - expected[0]), 0.0, *(-math.log(1 - p) for p in expected[1:])], abs=1e-6)  # 0: from behind the silence
 
 
 def test_chunks_do_not_change_the_graph(arpa_path: Path, tmp_path: Path) -> None:
@@ -229,8 +240,9 @@ def test_mismatches_are_refused(arpa_path: Path, tmp_path: Path) -> None:
         build_graph(Lexicon({"red": (("R", "E"),)}), arpa_path, toy_hmm(LEXICON.phones), tmp_path)
     with pytest.raises(AsrKdError, match="silence probability 1, expected"):
         build_graph(LEXICON, arpa_path, toy_hmm(LEXICON.phones), tmp_path, GraphSettings(silence_probability=1.0))
-    with pytest.raises(AsrKdError, match="pseudo count 0, expected more than 0"):
-        build_graph(LEXICON, arpa_path, toy_hmm(LEXICON.phones), tmp_path, GraphSettings(pseudo_count=0.0))
+    for choices, name in ((GraphSettings(pseudo_count=0.0), "pseudo count"), (GraphSettings(silence_pseudo_count=0.0), "silence pseudo count")):
+        with pytest.raises(AsrKdError, match=f"graph: {name} 0, expected more than 0"):
+            build_graph(LEXICON, arpa_path, toy_hmm(LEXICON.phones), tmp_path, choices)
     (tmp_path / "cut.arpa").write_text(re.sub(r"\\end\\\n$", "", arpa_path.read_text()))
     with pytest.raises(AsrKdError, match=r"cut\.arpa: cut off"):
         build_graph(LEXICON, tmp_path / "cut.arpa", toy_hmm(LEXICON.phones), tmp_path)

@@ -179,7 +179,7 @@ def test_another_pronunciation_aligns_again_what_holds_the_word(dry_run: Any) ->
         assert changed(before, dry_run(corpus, other)) == expected
 
 
-def test_pronunciations_are_counted_where_the_aligner_found_them(tmp_path: Path) -> None:
+def test_pronunciations_and_pauses_are_counted_where_the_aligner_found_them(tmp_path: Path) -> None:
     lexicon = Lexicon({"A": (("AH",), ("EY",)), "TEA": (("T", "IY"),)})
     hmm = untied_model(("SIL", *lexicon.phones))
     phones = {phone: number for number, phone in enumerate(hmm.phones, start=1)}
@@ -193,7 +193,11 @@ def test_pronunciations_are_counted_where_the_aligner_found_them(tmp_path: Path)
             writer.append(utt_id, np.array([[phones[phone], word, start, start + 1] for start, (phone, word) in enumerate(own)], np.int32))
     found = Targets({split: FrameStore(tmp_path / split) for split in ("train", "train-sp0.9")}, hmm, {})
     transcripts = {"one": ("A", "TEA", "A"), "two": ("A", "A"), "lost": ("TEA",)}
-    assert found.pronunciation_counts(transcripts) == {("A", ("EY",)): 2, ("A", ("AH",)): 2, ("TEA", ("T", "IY")): 1}
-    assert found.pronunciation_counts({"one": transcripts["one"]}) == {("A", ("EY",)): 1, ("A", ("AH",)): 1, ("TEA", ("T", "IY")): 1}
+    spoken = found.spoken_words(transcripts)
+    assert spoken.pronunciations == {("A", ("EY",)): 2, ("A", ("AH",)): 2, ("TEA", ("T", "IY")): 1}
+    assert spoken.pauses == {("<s>", True): 1, ("<s>", False): 1, ("A", True): 1, ("A", False): 3, ("TEA", False): 1}
+    alone = found.spoken_words({"one": transcripts["one"]})
+    assert alone.pronunciations == {("A", ("EY",)): 1, ("A", ("AH",)): 1, ("TEA", ("T", "IY")): 1}
+    assert alone.pauses == {("<s>", True): 1, ("A", True): 1, ("A", False): 1, ("TEA", False): 1}
     with pytest.raises(AsrKdError, match="two: 1 words in the transcript, 2 in the alignment"):
-        found.pronunciation_counts({"two": ("A",)})
+        found.spoken_words({"two": ("A",)})

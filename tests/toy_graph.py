@@ -30,16 +30,18 @@ def toy_hmm(phones: Sequence[str], num_states: int = 40, seed: int = 0) -> HmmMo
 Probabilities = Mapping[tuple[str, Pronunciation], float]
 
 
-def phone_sequences(words: Sequence[str], lexicon: Lexicon, hmm: HmmModel, probabilities: Probabilities) -> Iterator[tuple[list[int], float]]:
+def phone_sequences(words: Sequence[str], lexicon: Lexicon, hmm: HmmModel, probabilities: Probabilities,
+                    silences: Mapping[str, float]) -> Iterator[tuple[list[int], float]]:
     """Every pronunciation of a word sequence with every placement of silences: phone ids and cost.
 
-    Pronunciations that `probabilities` does not name are as probable as a word's others.
+    Pronunciations that `probabilities` does not name are as probable as a word's others; after words, or at the start (<s>), that
+    `silences` does not name, silence is as probable as the model says.
     """
-    silence = math.exp(hmm.log_optional_silence)
-    gaps = [((), -math.log(1 - silence)), ((1,), -math.log(silence))]
+    after = [silences.get(word, math.exp(hmm.log_optional_silence)) for word in ("<s>", *words)]
+    first_gap, *gaps = [[((), -math.log(1 - silence)), ((1,), -math.log(silence))] for silence in after]
     variants = [[(tuple(hmm.phones.index(phone) + 1 for phone in variant), -math.log(probabilities.get((word, variant), 1 / len(lexicon[word]))))
                  for variant in lexicon[word]] for word in words]
-    parts = [gaps, *itertools.chain.from_iterable((variant, gaps) for variant in variants)]
+    parts = [first_gap, *itertools.chain.from_iterable(zip(variants, gaps, strict=True))]
     for choice in itertools.product(*parts):
         yield list(itertools.chain.from_iterable(phones for phones, _ in choice)), sum(cost for _, cost in choice)
 
@@ -74,15 +76,17 @@ def alignment_cost(states: Sequence[int], frame_costs: NDArray[np.float64], hmm:
 
 
 def exhaustive_search(
-    lexicon: Lexicon, arpa: Arpa, hmm: HmmModel, frame_costs: NDArray[np.float64], probabilities: Probabilities, transition_scale: float = 0.1
+    lexicon: Lexicon, arpa: Arpa, hmm: HmmModel, frame_costs: NDArray[np.float64], probabilities: Probabilities, silences: Mapping[str, float],
+    transition_scale: float = 0.1,
 ) -> dict[tuple[str, ...], float]:
     """Cost of every word sequence that fits the frames."""
     costs: dict[tuple[str, ...], float] = {}
     longest = len(frame_costs) // (3 * min(len(variant) for word in lexicon for variant in lexicon[word]))
     for length in range(longest + 1):
         for words in itertools.product(lexicon, repeat=length):
+            sequences = phone_sequences(words, lexicon, hmm, probabilities, silences)
             found = min((cost + alignment_cost(state_sequence(phones, hmm), frame_costs, hmm, transition_scale)
-                         for phones, cost in phone_sequences(words, lexicon, hmm, probabilities) if 0 < 3 * len(phones) <= len(frame_costs)), default=math.inf)
+                         for phones, cost in sequences if 0 < 3 * len(phones) <= len(frame_costs)), default=math.inf)
             if math.isfinite(found):
                 costs[words] = language_model_cost(words, arpa) + found
     return costs

@@ -203,6 +203,14 @@ class Segments:
         rows_of_words = self._rows_of_words(utt_id, transcript)
         return [(word, tuple(self._phones[row[0] - 1] for row in own)) for word, own in zip(transcript, rows_of_words, strict=True)]
 
+    def pauses(self, utt_id: str, transcript: Sequence[str]) -> list[tuple[str, bool]]:
+        """(word, whether silence follows it) of an utterance, `<s>` for its start first; errors as of `words`."""
+        self._rows_of_words(utt_id, transcript)
+        start = len(transcript)
+        order = [start, *(word for word, _ in itertools.groupby(row[1] for row in self._store[utt_id].tolist()))]
+        followed = {before for before, after in itertools.pairwise(order) if after < 0}
+        return [("<s>", start in followed), *((word, position in followed) for position, word in enumerate(transcript))]
+
     def _rows_of_words(self, utt_id: str, transcript: Sequence[str]) -> list[list[list[int]]]:
         """What `segment_rows` found of each word."""
         found: list[list[list[int]]] = []
