@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from asr_kd.errors import AsrKdError
+from asr_kd.espeak import espeak_is_installed
 from asr_kd.g2p import complete_lexicon
 from asr_kd.lexicon import Lexicon, read_lexicon
 from asr_kd.lm import estimate_kneser_ney, read_vocabulary, write_arpa
@@ -156,6 +157,7 @@ def prepare_text(settings: Settings, corpus: Corpus, lexicon_paths: Sequence[Pat
     inputs |= {name: file_fingerprint(path) for name, path in (("lm", arpa), ("lm_text", lm_text)) if path is not None}
     inputs |= {"lm_text": fingerprint(corpus.train)} if arpa is None and lm_text is None else {}
     choices = {"strip_stress": settings.strip_stress, "unknown_words": settings.unknown_words, "lm_order": settings.lm_order if arpa is None else None}
+    choices |= {"espeak": espeak_is_installed()} if settings.unknown_words == "g2p" else {}  # who installs it wants what it pronounces
     record = run_stage("text", folder, choices, inputs, work)
     lexicon, lm = folder / "lexicon.txt", arpa or folder / "lm.arpa"
     return Text(read_lexicon([lexicon]), lm, fingerprint([file_fingerprint(lexicon), inputs["lm"] if arpa else file_fingerprint(lm)])), record

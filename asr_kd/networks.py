@@ -14,6 +14,7 @@ from asr_kd.compact_targets import LAYOUT
 from asr_kd.corpus import Corpus
 from asr_kd.distributed import by_first_process, from_first_process, rank
 from asr_kd.ensemble import Ensemble
+from asr_kd.errors import AsrKdError
 from asr_kd.frame_data import FrameData, StreamedFrames, TrainingFrames, input_statistics, load_frame_data
 from asr_kd.model import ModelShape
 from asr_kd.precision import choose_precision
@@ -66,7 +67,11 @@ class TrainingData:
         num_frames = sum(store.length(utt_id) for store in states for utt_id in set(wanted).intersection(store.utt_ids))
         size = num_frames * bytes_in_memory(settings)
         place = (settings.left_context, settings.right_context, torch.device(settings.device))
-        tuning = load_frame_data(stores, states, aligned(corpus.tuning), *place)
+        held_out = aligned(corpus.tuning)
+        if not held_out:
+            raise AsrKdError(f"tuning_speakers: none of their {len(corpus.tuning)} utterances could be aligned, expected some to decide on; "
+                             f"see exclusions.csv in {', '.join(str(store.folder) for store in states)}, or choose other speakers")
+        tuning = load_frame_data(stores, states, held_out, *place)
         if size <= settings.frames_in_memory_gb * 1e9:
             return cls(load_frame_data(stores, states, wanted, *place), tuning, targets.hmm.num_states, inputs)
         log.info("%.1f GB of features and targets are streamed from the disk (frames_in_memory_gb is %g)", size / 1e9, settings.frames_in_memory_gb)

@@ -114,6 +114,6 @@ def decode_system(settings: Settings, recogniser: Recogniser, system: str, netwo
             write_trn(folder / f"{split}.trn", {utt_id: hypothesis.words for utt_id, hypothesis in hypotheses.items()})
             write_json(folder / f"{split}.json", {"real_time_factor": real_time_factor(hypotheses), "unfinished": unfinished_utterances(hypotheses)})
 
-    inputs = {"recogniser": recogniser.fingerprint, "network": network_fingerprint, **{split: features.fingerprints[split] for split in windows}}
+    inputs = {"recogniser": recogniser.fingerprint, "network": network_fingerprint, **{f"features {split}": features.fingerprints[split] for split in windows}}
     record = run_stage(f"decode {system}", folder, {**asdict(recogniser.decoding), "splits": sorted(windows)}, inputs, work)
     return {split: Decoded(read_trn(folder / f"{split}.trn"), **read_json(folder / f"{split}.json")) for split in windows}, record

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import platform
 import re
@@ -47,6 +48,8 @@ from asr_kd.settings import Settings
 from asr_kd.stage import Record, read_json, write_json
 from asr_kd.targets import Targets, store_names
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class Systems:
@@ -89,6 +92,9 @@ def _score_split(split: str, windows: Windows, corpus: Corpus, targets: Targets,
     words = {system: score_split(references, decoded[split].words) for system, decoded in systems.decoded.items()}
     phones = phone_of_state(targets.hmm)
     members, ensemble = evaluate_frames(systems.teachers, windows, targets.stores[split], phones)
+    if not ensemble.counts:
+        log.warning("%s: no frame accuracy, for none of its %d utterances could be aligned; see %s", split, len(references),
+                    targets.stores[split].folder / "exclusions.csv")
     frames = {"ensemble": ensemble} | {name: evaluate_frames(network, windows, targets.stores[split], phones)[1] for name, network in systems.single.items()}
     decoded_members = [name for name in words if name.startswith("member_")]
     pooled = pool([words[name] for name in decoded_members])
@@ -114,8 +120,9 @@ def _score_split(split: str, windows: Windows, corpus: Corpus, targets: Targets,
                   "deletions": confusions.deletions.most_common(15), "insertions": confusions.insertions.most_common(15)},
         "phones": top_confusions(frames["distilled"].phone_confusions, ["-", *targets.hmm.phones], 20),
     }
-    calibration = {"baseline": _mean_calibration([member.quality for member in members if member.quality])}
-    calibration |= {system: result.quality.as_json() for system, result in frames.items() if result.quality}
+    calibration = {system: result.quality.as_json() for system, result in frames.items() if result.quality}
+    if calibration:
+        calibration = {"baseline": _mean_calibration([member.quality for member in members if member.quality]), **calibration}
     return rows, errors, calibration
 
 
@@ -129,16 +136,18 @@ def score_system(network: Ensemble, split: str, windows: Windows, corpus: Corpus
     """Frame accuracy and word errors of one network on one split."""
     references = _references(windows, corpus)
     _, frames = evaluate_frames(network, windows, targets.stores[split], phone_of_state(targets.hmm))
-    return {"frame_accuracy": frames.accuracy, **sum(score_split(references, hypotheses).values(), WordErrors()).as_json()}
+    accuracy = {"frame_accuracy": frames.accuracy} if frames.counts else {}
+    return accuracy | sum(score_split(references, hypotheses).values(), WordErrors()).as_json()
 
 
 def _baseline(members: Sequence[FrameResult], words: Sequence[Mapping[str, WordErrors]], pooled: Mapping[str, WordErrors], speakers: Mapping[str, str],
               seed: int) -> dict[str, Any]:
     """The mean over the members, each scored alone; all have the same frames and words, so pooled counts give the mean rate."""
     row = system_row(pool([result.counts for result in members]), pooled, speakers=speakers, seed=seed)
-    accuracies = [result.accuracy for result in members]
     wers = [sum(own.values(), WordErrors()).wer for own in words]
-    row["frame_accuracy_std"] = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+    if "frame_accuracy" in row:
+        accuracies = [result.accuracy for result in members]
+        row["frame_accuracy_std"] = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
     row["wer_std"] = statistics.stdev(wers) if len(wers) > 1 else 0.0
     row["decoded_members"] = len(wers)
     return row
@@ -177,8 +186,9 @@ def _exclusions(settings: Settings, corpus: Corpus) -> dict[str, dict[str, int]]
     for name in ("teachers", "student", "control"):
         training = read_json(settings.output / name / "training.json")
         best = training["heldout_accuracy"]
-        counts[name] = Counter(f"member {int(k) + 1}: loss not finite at step {step}, {'trained no further' if best[int(k)] >= 0 else 'left out'}"
-                               for k, step in training["diverged"].items())
+        own = counts.setdefault(name, Counter())  # a split may be called so too
+        own.update(f"member {int(k) + 1}: loss not finite at step {step}, {'trained no further' if best[int(k)] >= 0 else 'left out'}"
+                   for k, step in training["diverged"].items())
     return {split: dict(own) for split, own in counts.items() if own}
 
 

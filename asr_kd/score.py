@@ -226,15 +226,19 @@ def probability_better(ours: Mapping[str, WordErrors], theirs: Mapping[str, Word
 
 def system_row(frames: Mapping[str, FrameCounts], words: Mapping[str, WordErrors] | None = None, *, speakers: Mapping[str, str] | None = None,
                seed: int = 0, real_time_factor: float | None = None) -> dict[str, Any]:
-    """One system's entry of results.json, from counts by utterance id; a system that was not decoded has the frame accuracy only.
+    """One system's entry of results.json, from counts by utterance id.
+
+    A system that was not decoded has the frame accuracy only, one on a split of which nothing could be aligned the word errors only.
 
     Args:
         speakers: utt_id -> speaker, for the intervals; see `bootstrap_ci95`.
 
     Raises:
-        AsrKdError: no frames or no reference words.
+        AsrKdError: no reference words.
     """
-    row: dict[str, Any] = {"frame_accuracy": sum(frames.values(), FrameCounts()).accuracy, "frame_accuracy_ci95": list(bootstrap_ci95(frames, speakers, seed))}
+    row: dict[str, Any] = {}
+    if frames:
+        row = {"frame_accuracy": sum(frames.values(), FrameCounts()).accuracy, "frame_accuracy_ci95": list(bootstrap_ci95(frames, speakers, seed))}
     if words is None:
         return row
     total = sum(words.values(), WordErrors())
@@ -244,12 +248,15 @@ def system_row(frames: Mapping[str, FrameCounts], words: Mapping[str, WordErrors
 
 
 def gain_kept(baseline: Mapping[str, Any], ensemble: Mapping[str, Any], distilled: Mapping[str, Any]) -> dict[str, float | None]:
-    """(distilled - baseline) / (ensemble - baseline) for frame accuracy and WER; None where ensemble and baseline are equal."""
-    kept: dict[str, float | None] = {}
-    for measure in ("frame_accuracy", "wer"):
-        gain = ensemble[measure] - baseline[measure]
-        kept[measure] = (distilled[measure] - baseline[measure]) / gain if gain else None
-    return kept
+    """(distilled - baseline) / (ensemble - baseline) for frame accuracy and WER; None where ensemble and baseline are equal or were not scored."""
+
+    def kept(measure: str) -> float | None:
+        if measure not in baseline or ensemble[measure] == baseline[measure]:
+            return None
+        share: float = (distilled[measure] - baseline[measure]) / (ensemble[measure] - baseline[measure])
+        return share
+
+    return {measure: kept(measure) for measure in ("frame_accuracy", "wer")}
 
 
 def _divide(count: int, total: int, complaint: str) -> float:

@@ -262,11 +262,13 @@ def _check_range(name: str, value: Any, low: float, high: float, expected: str) 
 
 
 def _check_folder_names(setting: str, splits: Iterable[str]) -> None:
-    """Raise `AsrKdError` for a split whose name would lead out of the folders that the stages write, and so to files of the user."""
+    """Raise `AsrKdError` for a split whose name would lead out of the folders that the stages write, and so to files of the user, or is a file's there."""
     for split in splits:
         name = split_name(split)
         if name in ("", ".", "..") or "/" in name or "\\" in name:
             raise AsrKdError(f"settings: {setting} names {split!r}; give a plain name of a folder below data_folder, or the path of a .csv manifest")
+        if name in ("record", "started"):
+            raise AsrKdError(f"settings: {setting} names {split!r}, but the stages keep a {name}.json of their own; rename the split")
 
 
 _ABOVE_0, _LARGEST = math.ulp(0.0), sys.float_info.max  # the limits are themselves allowed; neither infinity nor NaN is

@@ -142,16 +142,23 @@ def prepare_targets(settings: Settings, corpus: Corpus, text: Text, features: Fe
     """Train the mixture aligner on the training speakers and align every split with it.
 
     Raises:
-        AsrKdError: nothing to train on, or fewer `num_states` than three per phone.
+        AsrKdError: nothing to train on or to decide on, or fewer `num_states` than three per phone.
     """
     gmm = GmmHmmSettings(num_states=settings.num_states, num_gaussians=settings.num_gaussians, mono_passes=settings.mono_passes, tri_passes=settings.tri_passes,
                          sat=settings.speaker_adaptation)
     splits = [split for split in corpus.splits if split not in corpus.evaluation]
     stores = [features.stores[split] for split in splits]
     words = corpus.words
-    # words without pronunciation are listed by the text stage, unusable audio by the feature stage
-    pronounced = [utt_id for utt_id in corpus.train if all(word in text.lexicon for word in words[utt_id])]
-    usable = {utt_id: words[utt_id] for utt_id in pronounced if any(utt_id in store for store in stores)}
+
+    def usable_of(utt_ids: Sequence[str]) -> dict[str, Sequence[str]]:
+        """The others are listed by the text stage for their words, by the feature stage for their audio."""
+        pronounced = [utt_id for utt_id in utt_ids if all(word in text.lexicon for word in words[utt_id])]
+        return {utt_id: words[utt_id] for utt_id in pronounced if any(utt_id in store for store in stores)}
+
+    usable = usable_of(corpus.train)
+    if corpus.tuning and not usable_of(corpus.tuning):
+        raise AsrKdError(f"tuning_speakers: none of their {len(corpus.tuning)} utterances has features and pronunciations, expected some to decide on; see "
+                         f"{settings.output / 'features'} and {settings.output / 'text'}, or choose other speakers")
 
     def work(folder: Path) -> None:
         trained = train_gmm_hmm(stores, usable, corpus.speakers, text.lexicon, gmm, folder=folder / "passes", device=settings.device)

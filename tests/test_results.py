@@ -12,6 +12,16 @@ import pytest
 
 from asr_kd import results
 from asr_kd.calibration import PosteriorQuality, reliability
+from asr_kd.corpus import Corpus
+from asr_kd.ensemble import Ensemble
+from asr_kd.features import Windows
+from asr_kd.frames import FrameStore, FrameWriter
+from asr_kd.hmm.model import untied_model
+from asr_kd.manifest import Utterance
+from asr_kd.model import ModelShape
+from asr_kd.recognition import Decoded
+from asr_kd.report import write_report
+from asr_kd.targets import Targets
 
 
 def listed(path: Path, *reasons: str) -> None:
@@ -38,6 +48,28 @@ def test_exclusions_are_counted_in_copies_at_other_speeds_too(tmp_path: Path) ->
         "train-sp1.1": {"no features: shorter than one window": 2},
         "teachers": {"member 1: loss not finite at step 1, left out": 1, "member 4: loss not finite at step 70, trained no further": 1},
         "student": {"member 1: loss not finite at step 9, trained no further": 1}}
+
+
+def test_a_split_of_which_nothing_could_be_aligned_has_its_word_errors(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    utterances = [Utterance(utt_id, 1.0, Path("x.wav"), "s", ("ZORB", "THE")) for utt_id in ("a", "b")]
+    with FrameWriter(tmp_path / "features", (4,), np.float16) as writer:
+        for utterance in utterances:
+            writer.append(utterance.utt_id, np.zeros((5, 4)))
+    FrameWriter(tmp_path / "targets", (), np.int32).__enter__().__exit__(None, None, None)
+    hmm = untied_model(("SIL", "A"))
+    shape = ModelShape(4, 1, 4, hmm.num_states)
+    windows = Windows(FrameStore(tmp_path / "features"), left=0, right=0)
+    right, half = (Decoded(dict.fromkeys("ab", words), 0.1, []) for words in (("ZORB", "THE"), ("THE",)))
+    systems = results.Systems(Ensemble(shape, [1, 2]), {name: Ensemble(shape, [3]) for name in ("distilled", "control")},
+                              {name: {"dev": own} for name, own in (("member_0", half), ("ensemble", right), ("distilled", right), ("control", half))})
+    corpus = Corpus({"dev": utterances}, [], [], ["dev"], tmp_path, {})
+    rows, _, calibration = results._score_split("dev", windows, corpus, Targets({"dev": FrameStore(tmp_path / "targets")}, hmm, {}), systems, seed=1)
+    assert [rows[name]["wer"] for name in ("baseline", "ensemble", "distilled", "control")] == [0.5, 0.0, 0.0, 0.5]
+    assert rows["gain_kept"] == {"frame_accuracy": None, "wer": 1.0}
+    assert not any("frame_accuracy" in row for row in (*rows["members"], rows["baseline"], rows["ensemble"], rows["distilled"]))
+    assert calibration == {}
+    assert f"dev: no frame accuracy, for none of its 2 utterances could be aligned; see {tmp_path / 'targets' / 'exclusions.csv'}" in caplog.text
+    assert write_report(tmp_path, {"splits": {"dev": rows}, "calibration": {"dev": calibration}}).is_file()
 
 
 def test_calibration_of_the_baseline_is_the_mean_over_its_members() -> None:

@@ -174,3 +174,5 @@ def test_gain_kept_of_the_paper():
     assert kept["frame_accuracy"] == pytest.approx(0.86, abs=0.005)
     assert kept["wer"] == pytest.approx(1.0)
     assert score.gain_kept(baseline, baseline, distilled) == {"frame_accuracy": None, "wer": None}
+    alone = [{"wer": row["wer"]} for row in (baseline, ensemble, distilled)]
+    assert score.gain_kept(*alone) == {"frame_accuracy": None, "wer": kept["wer"]}

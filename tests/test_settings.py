@@ -106,6 +106,12 @@ def test_split_that_leads_out_of_the_output_folder(setting: str, split: str) -> 
         make_settings(BASE | {setting: {split: 1.0} if setting == "synthetic_minutes" else [split]})
 
 
+@pytest.mark.parametrize("split", ["record.csv", "started"])
+def test_split_with_the_name_of_a_file_of_the_stages(split: str) -> None:
+    with pytest.raises(AsrKdError, match=f"settings: dev_splits names '{split}', but the stages keep a .*json of their own; rename the split"):
+        make_settings(BASE | {"dev_splits": [split]})
+
+
 @pytest.mark.parametrize("split", ["train-clean-100", "manifests/train.csv", "/data/train.csv", "../train.csv", "train.v2.csv", "..train"])
 def test_plain_names_and_paths_of_manifests(split: str) -> None:
     assert make_settings(BASE | {"train_splits": [split]}).train_splits == [split]

@@ -115,7 +115,7 @@ def dry_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 def corpus_of(**transcripts: str) -> Corpus:
     splits = {name: [Utterance(name, 1.0, Path("x.wav"), "s", tuple(text.split()))] for name, text in transcripts.items()}
-    return Corpus(splits, ["train"], [], [name for name in splits if name != "train"], Path("."), transcripts)
+    return Corpus(splits, ["train"], ["train"], [name for name in splits if name != "train"], Path("."), transcripts)
 
 
 TEXT = Text(Lexicon({"THE": (("DH", "AH"),), "CAT": (("K", "AE"),), "SAT": (("S", "AE"),)}), Path("lm.arpa"), "text")
@@ -163,6 +163,18 @@ def test_another_aligner_of_the_same_settings_aligns_again(dry_run: Any, tmp_pat
     (tmp_path / "hmm" / "aligner" / "model").write_text("of another machine")
     aligned = {name for name in ALL if "targets_0/" in name} | {"first targets"}
     assert changed(before, dry_run(corpus, TEXT)) == aligned
+
+
+def test_tuning_speakers_without_a_usable_utterance_are_told_before_anything_is_trained(dry_run: Any) -> None:
+    corpus = corpus_of(train="THE CAT", dev="THE SAT", held="THE ZORB")
+    with pytest.raises(AsrKdError, match="tuning_speakers: none of their 1 utterances has features and pronunciations"):
+        dry_run(replace(corpus, tuning=["held"]), TEXT)
+
+
+def test_tuning_speakers_of_whom_nothing_could_be_aligned(dry_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AnyStore, "__contains__", lambda self, _: "targets" not in str(self.folder))
+    with pytest.raises(AsrKdError, match="tuning_speakers: none of their 1 utterances could be aligned"):
+        dry_run(corpus_of(train="THE CAT", dev="THE SAT"), TEXT)
 
 
 def test_a_split_with_the_name_of_a_copy_is_refused(dry_run: Any) -> None:

@@ -87,7 +87,7 @@ class Frontend:
             AsrKdError: an utterance without a speaker, or features that are not log-mel frames.
         """
         if len(store.frame_shape) != 1 or store.frame_shape[0] < NUM_CEPSTRA:
-            raise AsrKdError(f"features: frames of shape {store.frame_shape}, expected ({NUM_CEPSTRA} or more,); run the features stage again")
+            raise AsrKdError(f"features: frames of shape {store.frame_shape}, expected ({NUM_CEPSTRA} or more,); give {NUM_CEPSTRA} num_mels or more")
         sums: dict[str, NDArray[np.float64]] = {}
         counts: dict[str, int] = {}
         for utt_id in progress(utt_ids, "cepstral means", unit="utt"):
