@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import logging
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,18 @@ from asr_kd.targets import Features, Targets, prepare_features, prepare_targets,
 
 log = logging.getLogger(__name__)
 
-_CHECKOUT = Path(__file__).resolve().parent.parent / "recipes" / "LibriSpeech" / "hparams" / "demo.yaml"
-DEMO_HPARAMS = _CHECKOUT if _CHECKOUT.is_file() else Path(sys.prefix) / "share" / "asr_kd" / "demo.yaml"
+
+def _demo_hparams() -> Path:
+    """The recipe's own file in a checkout, else the copy that was installed with the package."""
+    checkout = Path(__file__).resolve().parent.parent / "recipes" / "LibriSpeech" / "hparams" / "demo.yaml"
+    with suppress(metadata.PackageNotFoundError):
+        copies = [file for file in metadata.files("asr-kd") or [] if file.name == checkout.name]
+        if copies and not checkout.is_file():
+            return Path(str(copies[0].locate()))
+    return checkout
+
+
+DEMO_HPARAMS = _demo_hparams()
 
 
 def run(hparams: Path | str, overrides: Sequence[str] = (), sweep: bool = False) -> Path:

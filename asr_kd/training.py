@@ -257,6 +257,7 @@ class _Trainer:
 
     def _check_losses(self) -> None:
         """Put members with a loss that was not finite back to their best weights, and train them no further."""
+        known = len(self.diverged)
         for k, step in enumerate(smallest_over_processes(self.sums.first_bad_step).tolist()):
             if step == _NEVER or k in self.diverged:
                 continue
@@ -266,7 +267,7 @@ class _Trainer:
                 for parameter, best in zip(self.parameters, self.best, strict=True):
                     parameter[k] = best[k]
             log.error("member %d: loss not finite at step %d; it keeps its best weights so far and trains no further", k, step)
-        if len(self.diverged) == len(self.networks):
+        if len(self.networks) == len(self.diverged) > known:
             self._explain_divergence(max(self.diverged.values()))
 
     def _explain_divergence(self, step: int) -> None:

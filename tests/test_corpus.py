@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from asr_kd.corpus import Corpus, prepare_corpus, prepare_text
+from asr_kd.corpus import Corpus, Text, prepare_corpus, prepare_text
 from asr_kd.errors import AsrKdError
 from asr_kd.espeak import espeak_is_installed
 from asr_kd.lexicon import Lexicon, read_lexicon
@@ -185,6 +185,24 @@ def test_a_language_model_of_the_training_transcripts_follows_the_choice_of_tuni
         text, _ = prepare_text(settings_of(tmp_path), replace(corpus, train=train), [lexicon_file(tmp_path)], None, None)
         vocabularies.append(set(read_vocabulary(text.arpa)))
     assert vocabularies == [{"THE", "CAT"}, {"THE", "CAT", "SAT"}]
+
+
+@needs_espeak
+def test_installing_espeak_makes_the_text_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arpa = tmp_path / "lm.arpa"
+    write_arpa(estimate_kneser_ney([("THE", "CAT", "ZORB")], 2), arpa)
+
+    def prepare() -> Text:
+        return prepare_text(settings_of(tmp_path, unknown_words="g2p"), corpus_of("THE CAT", "THE ZORB"), [lexicon_file(tmp_path)], arpa, None)[0]
+
+    def refuse(_: object) -> None:
+        raise AsrKdError("espeak-ng: not installed")
+
+    with monkeypatch.context() as without:
+        without.setattr("asr_kd.corpus.espeak_is_installed", lambda: False)
+        without.setattr("asr_kd.g2p.EspeakG2P", refuse)
+        assert "ZORB" not in prepare().lexicon
+    assert "ZORB" in prepare().lexicon
 
 
 def test_words_are_left_without_pronunciation_where_none_are_generated(tmp_path: Path) -> None:

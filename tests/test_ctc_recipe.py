@@ -121,6 +121,12 @@ def test_a_teacher_that_was_not_trained(recipe: ModuleType, tmp_path: Path) -> N
         recipe.load_teachers(torch.nn.Linear(1, 1), [str(tmp_path)], "cpu")
 
 
+def test_a_character_outside_the_alphabet_is_named(recipe: ModuleType) -> None:
+    utterances = [SimpleNamespace(utt_id=name, words=words, duration_s=1.0, wav="x.wav") for name, words in (("u1", ("AB", "C")), ("u2", ("AB", "C-D")))]
+    with pytest.raises(AsrKdError, match="u2: '-' in its transcript is not in the alphabet ' ABCD'; change the transcripts"):
+        recipe.dataset(utterances, " ABCD")
+
+
 def test_training_hours_are_the_same_for_every_teacher(recipe: ModuleType) -> None:
     utterances = [SimpleNamespace(utt_id=f"{i:02}", duration_s=600.0) for i in range(20)]
     chosen = recipe.training_hours(utterances, 1.5)

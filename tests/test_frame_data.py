@@ -36,6 +36,19 @@ def streamed(folder: Path, utt_ids: tuple[str, ...] = UTT_IDS, chunk_frames: int
                           chunk_frames=chunk_frames, part_frames=part_frames)
 
 
+def test_a_lone_member_that_diverges_before_the_end_of_a_part_keeps_its_best_weights(data: FrameData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = training._Trainer._losses
+
+    def losses(self: training._Trainer, *arguments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found, correct = whole(self, *arguments)
+        return found * (torch.nan if self.curves else 1.0), correct
+
+    monkeypatch.setattr(training._Trainer, "_losses", losses)
+    result = train(Ensemble(SHAPE, [1]), streamed(tmp_path), data, tmp_path / "run", SETTINGS, seed=7)
+    assert list(result.diverged) == [0]
+    assert result.heldout_accuracy == result.curves[0]["heldout_accuracy"]
+
+
 def test_windows_are_those_in_memory(data: FrameData, tmp_path: Path) -> None:
     frames = torch.from_numpy(np.random.default_rng(0).permutation(data.num_frames))
     assert torch.equal(streamed(tmp_path).windows.gather(frames), data.windows.gather(frames))

@@ -18,7 +18,7 @@ from typing import Any
 import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from speechbrain.decoders import ctc_greedy_decode
 from speechbrain.utils.distributed import run_on_main
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from asr_kd.audio import read_audio
 from asr_kd.errors import AsrKdError
 from asr_kd.losses import average_teachers
 from asr_kd.manifest import Utterance, load_splits
+from asr_kd.model import save_tensors
 
 WEIGHTS = "model.safetensors"
 
@@ -106,6 +107,11 @@ def load_teachers(model: nn.Module, folders: Sequence[str], device: str | torch.
 
 def dataset(utterances: Sequence[Utterance], alphabet: str) -> sb.dataio.dataset.DynamicItemDataset:
     """Utterances in order of length, with waveform and character ids (0 is the blank)."""
+    for utterance in utterances:
+        unknown = set(" ".join(utterance.words)) - set(alphabet)
+        if unknown:
+            raise AsrKdError(f"{utterance.utt_id}: {min(unknown)!r} in its transcript is not in the alphabet {alphabet!r}; change the transcripts, or "
+                             "alphabet with num_tokens")
 
     @sb.utils.data_pipeline.takes("wav")
     @sb.utils.data_pipeline.provides("sig")
@@ -163,7 +169,7 @@ def main(arguments: Sequence[str]) -> None:
     if ensemble or brain.debug:  # two batches of --debug make no model for others
         return
     weights = hparams["model"].state_dict()
-    run_on_main(save_file, args=[weights, str(Path(hparams["output_folder"]) / WEIGHTS)])
+    run_on_main(save_tensors, args=[Path(hparams["output_folder"]) / WEIGHTS, weights, {}])
 
 
 if __name__ == "__main__":
