@@ -384,7 +384,7 @@ def _losses_and_gradient(logits: Tensor, rows: _Rows, settings: _Settings, gradi
             mass = mass + each.squeeze(-1) * num_unlisted
     soft = mass * total.log() - math.log(2) * score
     losses = temperature**2 * (soft - _entropy(rows, logits.shape[-1]) if kl else soft)
-    factor = (temperature * mass / total).unsqueeze(-1)
+    factor = (temperature * mass / total).unsqueeze(-1)  # T * mass * q is this times the exponentials
     if rows.hard is None:
         gradient.mul_(factor)
     else:

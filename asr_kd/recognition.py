@@ -10,7 +10,6 @@ from pathlib import Path
 from asr_kd.corpus import Corpus, Text
 from asr_kd.decode import DecodeSettings, Hypothesis, Utterances, decode, read_trn, real_time_factor, tune, unfinished_utterances, write_trn
 from asr_kd.ensemble import Ensemble
-from asr_kd.errors import AsrKdError
 from asr_kd.evaluation import log_posteriors
 from asr_kd.features import Windows
 from asr_kd.graph import GraphSettings, build_graph
@@ -60,13 +59,10 @@ def tune_decoding(settings: Settings, graph: Record, hmm: HmmModel, network: Ens
                   corpus: Corpus) -> tuple[Recogniser, Record]:
     """Choose acoustic scale and word insertion penalty on the tuning speakers by one teacher alone; they then serve every system.
 
-    At most `tuning_utterances` are decoded, evenly drawn from the tuning speakers.
+    Args:
+        windows: of the tuning speakers' utterances; at most `tuning_utterances` of them are decoded, evenly drawn.
     """
-    with_features = set(windows.utt_ids)
-    usable = [utt_id for utt_id in corpus.tuning if utt_id in with_features]
-    if not usable:
-        raise AsrKdError("tuning_speakers: none of their utterances has features; see the exclusions beside the features")
-    chosen = usable[::max(1, -(-len(usable) // settings.tuning_utterances))]
+    chosen = windows.utt_ids[::max(1, -(-len(windows.utt_ids) // settings.tuning_utterances))]
     words = corpus.words
     middle = sorted(settings.acoustic_scales)[len(settings.acoustic_scales) // 2]
     start = DecodeSettings(acoustic_scale=middle, beam=settings.beam, max_active=settings.max_active)
