@@ -32,10 +32,9 @@ log = logging.getLogger(__name__)
 def _demo_hparams() -> Path:
     """The recipe's own file in a checkout, else the copy that was installed with the package."""
     checkout = Path(__file__).resolve().parent.parent / "recipes" / "LibriSpeech" / "hparams" / "demo.yaml"
-    with suppress(metadata.PackageNotFoundError):
-        copies = [file for file in metadata.files("asr-kd") or [] if file.name == checkout.name]
-        if copies and not checkout.is_file():
-            return Path(str(copies[0].locate()))
+    if not checkout.is_file():
+        with suppress(metadata.PackageNotFoundError, StopIteration):
+            return Path(str(next(file for file in metadata.files("asr-kd") or [] if file.name == checkout.name).locate()))
     return checkout
 
 
