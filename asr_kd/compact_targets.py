@@ -1,20 +1,22 @@
-"""One frame's distribution in a few dozen bytes, closely: its shape over all states by main directions, and some probabilities as they are.
+"""One frame's distribution in a few dozen bytes, without bias and with little noise: what main directions tell of it, and a sample of what they do not.
 
 The logarithms of a network's posteriors over all states, seen over many frames, vary in far fewer directions than there are states:
 states of the same phone rise and fall together. So a frame is described by its coordinates in the leading principal directions of
-log p: the first of them in 8 bits each, many in 4, the last in 2, for what is lost by leaving out directions is more than what is lost
-by rounding. The entries that this description gets most wrong are kept beside it as they are, and the others are scaled to the mass
-that these leave.
+log p, the first of them in 8 bits each, many in 4, the last in 2. The few entries that this description gets most wrong are kept as they
+are, and the others are scaled to the mass that these leave.
 
-Unlike a sample of the tail (`asr_kd.sparse_targets`) this is not unbiased, but its error is small at every temperature as long as few
-directions tell most: of speech and 1,200 states they do, of a simulation of 14,000 they do not (recipes/LibriSpeech/README.md). That error is
-the same in every epoch, so a student learns it: what counts is how much of log p is lost, not the squared error of p. (With 64
-directions of 8 bits each, students at T = 5 lost 0.34 % frame accuracy, at a squared error per frame of 2e-5.) How many coordinates
-have how many bits, and how many entries there are, is found from a sample of frames. `python -m tests.benchmarks soft_targets`
-measures errors, and students' frame accuracy, on any corpus.
+What is still wrong is drawn from: of the states that the description gives too little and of those that it gives too much, as many each
+are drawn with probability proportional to the error (as `asr_kd.sparse_targets` draws from the whole tail), all of one weight. With
+these added, the expectation is the distribution itself. An error without its correction would be the same in every epoch, and students learn
+it: with 64 directions of 8 bits each and no draws, they lost 0.34 % frame accuracy at T = 5, at a squared error per frame of 2e-5; a sample of the whole tail,
+without directions, lost 0.61 % by a noise of 1e-2. Here the noise is 2e-4 (recipes/LibriSpeech/README.md). Single entries may be negative; their sum is 1.
+
+How many coordinates have how many bits is found from a sample of frames. `python -m tests.benchmarks soft_targets` measures errors, and students'
+frame accuracy, on any corpus.
 
 A record is `bytes_per_frame // 2` words of 16 bits: the coordinates of 8, 4 and 2 bits, the latter two or four to a byte, the first of them
-lowest | ids of the entries that are kept | their probabilities in 1/65535.
+lowest | probabilities of the J entries that are kept, in 1/65535 | mass that is drawn from on either side, in 1/65535 | ids of the J entries |
+ids of the drawn states, those that get more first.
 """
 
 from __future__ import annotations
@@ -33,18 +35,19 @@ from torch.nn import functional
 
 from asr_kd.errors import AsrKdError
 from asr_kd.model import load_tensors, save_tensors
-from asr_kd.sparse_targets import MAX_STATES, UNITS, round_to_units, signed_words, unsigned_words
+from asr_kd.sparse_targets import MAX_STATES, UNITS, draw, round_to_units, signed_words, unsigned_words
 
-LAYOUT = 3
+LAYOUT = 4
 """Records of another number are not read."""
 SMALLEST_RECORD_BYTES = 16
 FLOOR = 1e-3  # probabilities below this share of uniform ones are not told apart: together they hold at most this mass
 BITS = (8, 4, 2)
-DIRECTIONS_PER_BYTE = 1.25  # at most: more of them, in fewer bits, tell a little more and take longer to read
+# Of a record a quarter describes, an entry is kept as it is for every 32 bytes, and the rest is drawn: no more than twice the noise of the
+# best shares, over 1,200 and 14,000 states of speech at T = 1, 2 and 5
+DESCRIBING_SHARE = 0.25
+BYTES_PER_EXACT = 32
 GAUSSIAN_STEPS = {8: 0.0308, 4: 0.3352, 2: 0.9957}  # of a standard deviation: uniform quantisers of least squared error (Max 1960)
 STEP_FACTORS = (0.7, 0.85, 1.0, 1.2, 1.5, 2.0)  # coordinates are no Gaussians
-EXACT_SHARES = (0.125, 0.25, 0.375, 0.5, 0.75, 0.875)  # of a record for entries as they are: which is best depends on the temperature and the states
-TESTED_FRAMES = 1024  # of the sample, at most an eighth: these are not learnt from but choose that share
 OVERSAMPLED = 16
 _MAX_LOG2 = 100.0  # far outside of what any frame has, and sums over all states stay finite
 POWER_ITERATIONS = 3
@@ -60,6 +63,7 @@ class CompactCode:
         steps: (R,) unit of each coordinate.
         sizes: how many coordinates have 8, 4 and 2 bits, in this order.
         num_exact: J, entries that are kept as they are.
+        num_drawn: states drawn, an even number: half of them get more, half of them less.
     """
 
     mean: Tensor
@@ -67,54 +71,79 @@ class CompactCode:
     steps: Tensor
     sizes: tuple[int, ...]
     num_exact: int
+    num_drawn: int
 
     @property
     def bytes_per_frame(self) -> int:
-        return sum(self._widths) + 4 * self.num_exact
+        return sum(self._widths) + 2 * sum(self._words)
 
     @property
     def _widths(self) -> list[int]:
         """Bytes of the coordinates of 8, 4 and 2 bits."""
         return [size * bits // 8 for size, bits in zip(self.sizes, BITS, strict=True)]
 
+    @property
+    def _words(self) -> list[int]:
+        """Words of the exact probabilities, the drawn mass, and the ids of both."""
+        return [self.num_exact, 1, self.num_exact + self.num_drawn]
+
     @cached_property
     def _float32(self) -> tuple[list[Tensor], Tensor]:
-        """What each byte of coordinates of 8, 4 and 2 bits stands for, (256, 1), (256, 2) and (256, 4); directions times steps (R, S), for base 2."""
+        """What each byte of coordinates of 8, 4 and 2 bits stands for, (256, 1), (256, 2) and (256, 4); directions times steps (R, S), for base 2.
+
+        The latter are rounded to bfloat16, so that a description read in that type is the one whose errors were drawn from.
+        """
         octets = torch.arange(256, dtype=torch.uint8, device=self.mean.device)[:, None]
-        return [_centre(_unpacked(octets, bits), bits) for bits in BITS], (self.directions * self.steps / math.log(2)).t().contiguous()
+        scaled = (self.directions * self.steps / math.log(2)).t().bfloat16().float().contiguous()
+        return [_centre(_unpacked(octets, bits), bits) for bits in BITS], scaled
 
     @cached_property
     def _bfloat16(self) -> tuple[list[Tensor], Tensor]:
         tables, scaled = self._float32
         return [table.bfloat16() for table in tables], scaled.bfloat16()
 
-    def encode(self, posteriors: Tensor) -> Tensor:
-        """Records (N, bytes_per_frame // 2) of int16 words of distributions (N, S)."""
+    def encode(self, posteriors: Tensor, uniforms: Tensor) -> Tensor:
+        """Records of distributions; the expectation of `decode(encode(p, u))` over the uniforms is p, but for the rounding to 16 bits.
+
+        Args:
+            posteriors: (N, S), non-negative, rows of sum 1.
+            uniforms: (N, 2) in [0, 1), independent: for drawing states that get more, and less.
+
+        Returns:
+            (N, bytes_per_frame // 2) int16 words.
+        """
         with torch.autocast(posteriors.device.type, enabled=False):
             coordinates = (floored_log(posteriors) - self.mean) @ self.directions / self.steps  # (N, R)
         levels = [_levels(own, bits) for own, bits in zip(coordinates.split_with_sizes(self.sizes, 1), BITS, strict=True)]
         octets = torch.cat([_packed(own, bits) for own, bits in zip(levels, BITS, strict=True)], 1)
         described = self._weights(octets)
         described /= described.sum(1, keepdim=True)
-        ids = (posteriors - described).abs_().topk(self.num_exact).indices
-        exact = posteriors.gather(1, ids)
+        exact_ids = (posteriors - described).abs_().topk(self.num_exact).indices
+        exact = posteriors.gather(1, exact_ids)
         rest = (posteriors.sum(1, keepdim=True) - exact.sum(1, keepdim=True)).clamp(min=0)
         units = round_to_units(torch.cat([exact, rest], 1).double(), 0.5)[:, :-1]
-        return torch.cat([octets.view(torch.int16), signed_words(ids), signed_words(units)], 1)
+        _scale_to_rest(described, exact_ids, units)
+        missing = (posteriors - described).scatter_(1, exact_ids, 0.0)
+        sides = [side.cumsum(1) for side in (missing.clamp(min=0), missing.neg_().clamp_(min=0))]
+        mass = ((sides[0][:, -1:] + sides[1][:, -1:]) * (UNITS / 2)).round().long()
+        drawn_ids = [draw(side, self.num_drawn // 2, uniforms[:, n, None]) for n, side in enumerate(sides)]
+        return torch.cat([octets.view(torch.int16), *map(signed_words, (units, mass, exact_ids, *drawn_ids))], 1)
 
     def decode(self, records: Tensor) -> Tensor:
-        """Distributions (N, S), float32, of records (N, W)."""
-        words, ids, units = records.split_with_sizes([records.shape[1] - 2 * self.num_exact, self.num_exact, self.num_exact], 1)
-        ids, units = unsigned_words(ids), unsigned_words(units)
-        weights = self._weights(words.contiguous().view(torch.uint8)).scatter_(1, ids, 0.0)
-        rest = (UNITS - units.sum(1, keepdim=True)) / UNITS
-        return weights.mul_(rest / weights.sum(1, keepdim=True)).scatter_(1, ids, units / UNITS)
+        """Estimates (N, S) of sum 1, float32, of the distributions in records (N, W)."""
+        described, words = records.split_with_sizes([sum(self._widths) // 2, sum(self._words)], 1)
+        units, mass, ids = unsigned_words(words).split_with_sizes(self._words, 1)
+        weights = self._weights(described.contiguous().view(torch.uint8))
+        _scale_to_rest(weights, ids[:, :self.num_exact], units)
+        half = self.num_drawn // 2
+        drawn = (mass / (UNITS * half)).expand(-1, half)
+        return weights.scatter_add_(1, ids, torch.cat([units / UNITS, drawn, -drawn], 1))
 
     def _weights(self, octets: Tensor) -> Tensor:
         """(N, S) p, up to a factor per frame, that coordinates packed in bytes (N, B) describe.
 
         Inside bfloat16 autocast the product is made in bfloat16, which takes small half numbers as they are and rounds log p by
-        less than a hundredth of what the code loses of it.
+        less than a hundredth of what the directions lose of it.
         """
         kind = octets.device.type
         in_bfloat16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16
@@ -130,7 +159,7 @@ class CompactCode:
 
     def save(self, path: Path) -> None:
         """Write a safetensors file, atomically."""
-        notes = {"layout": str(LAYOUT), "sizes": json.dumps(self.sizes), "num_exact": str(self.num_exact)}
+        notes = {"layout": str(LAYOUT), "sizes": json.dumps(self.sizes), "num_exact": str(self.num_exact), "num_drawn": str(self.num_drawn)}
         save_tensors(path, {"mean": self.mean, "directions": self.directions, "steps": self.steps}, notes)
 
     @classmethod
@@ -140,7 +169,8 @@ class CompactCode:
         if metadata.get("layout") != str(LAYOUT):
             raise AsrKdError(f"{path}: layout {metadata.get('layout')}, expected {LAYOUT}; run the soft_targets stage again")
         try:
-            return cls(tensors["mean"], tensors["directions"], tensors["steps"], tuple(json.loads(metadata["sizes"])), int(metadata["num_exact"]))
+            return cls(tensors["mean"], tensors["directions"], tensors["steps"], tuple(json.loads(metadata["sizes"])), int(metadata["num_exact"]),
+                       int(metadata["num_drawn"]))
         except (KeyError, ValueError) as error:
             raise AsrKdError(f"{path}: {error} missing or not a number; run the soft_targets stage again") from error
 
@@ -154,30 +184,22 @@ def check_compact_size(bytes_per_frame: int, num_states: int) -> None:
 
 
 def find_compact_code(posteriors: Tensor, bytes_per_frame: int, generator: torch.Generator) -> CompactCode:
-    """The code of `bytes_per_frame` that tells most of distributions like those of a sample (N, S).
-
-    Directions and steps come from most of the frames, the number of exact entries from the mean Kullback-Leibler divergence on the others.
-    """
-    num_states = posteriors.shape[1]
-    exact = sorted({min(max(1, int(share * bytes_per_frame) // 4), num_states - 1) for share in EXACT_SHARES})
-    num_tested = min(TESTED_FRAMES, len(posteriors) // 8)
-    learnt, tested = posteriors[num_tested:], posteriors[:num_tested] if num_tested else posteriors
-    logs = floored_log(learnt)
+    """The code of `bytes_per_frame` that tells most of distributions like those of a sample (N, S)."""
+    num_exact = min(max(1, bytes_per_frame // BYTES_PER_EXACT), posteriors.shape[1] - 1)
+    left = bytes_per_frame - 2 - 4 * num_exact  # for description and draws
+    num_drawn = 2 * int((left - DESCRIBING_SHARE * bytes_per_frame) // 4)
+    logs = floored_log(posteriors)
     mean = logs.mean(0)
     logs -= mean
+    num_bytes = left - 2 * num_drawn
     with torch.autocast(posteriors.device.type, enabled=False):
-        directions = _principal_directions(logs, int(DIRECTIONS_PER_BYTE * bytes_per_frame), generator)
+        directions = _principal_directions(logs, 4 * num_bytes, generator)
         coordinates = logs @ directions  # (N, R)
     steps, errors = (torch.stack(part) for part in zip(*(_best_steps(coordinates, bits) for bits in BITS), strict=True))  # both (len(BITS), R)
-    lost = torch.cat([errors, coordinates.square().mean(0)[None]]).cpu().double().numpy()
-
-    def code(num_exact: int) -> CompactCode:
-        sizes = _best_sizes(lost, bytes_per_frame - 4 * num_exact)
-        ends = np.cumsum([0, *sizes]).tolist()
-        own = torch.cat([steps[k, ends[k]:ends[k + 1]] for k in range(len(BITS))])
-        return CompactCode(mean, directions[:, :ends[-1]].contiguous(), own, sizes, num_exact)
-
-    return min(map(code, exact), key=lambda code: _divergence(tested, code.decode(code.encode(tested))))
+    sizes = _best_sizes(torch.cat([errors, coordinates.square().mean(0)[None]]).cpu().double().numpy(), num_bytes)
+    ends = np.cumsum([0, *sizes]).tolist()
+    own = torch.cat([steps[k, ends[k]:ends[k + 1]] for k in range(len(BITS))])
+    return CompactCode(mean, directions[:, :ends[-1]].contiguous(), own, sizes, num_exact, num_drawn)
 
 
 def _best_sizes(lost: NDArray[np.float64], num_bytes: int) -> tuple[int, ...]:
@@ -233,9 +255,11 @@ def _places(bits: int, device: torch.device) -> Tensor:
     return torch.arange(0, 8, bits, dtype=torch.uint8, device=device)
 
 
-def _divergence(posteriors: Tensor, found: Tensor) -> float:
-    """Mean Kullback-Leibler divergence of distributions (N, S) from those found for them, nats."""
-    return float((torch.xlogy(posteriors, posteriors) - torch.xlogy(posteriors, found.clamp(min=1e-12))).sum(1).mean())
+def _scale_to_rest(weights: Tensor, exact_ids: Tensor, units: Tensor) -> None:
+    """Make weights (N, S) zero at the exact entries (N, J), and of the sum that these leave elsewhere, in place."""
+    weights.scatter_(1, exact_ids, 0.0)
+    rest = (UNITS - units.sum(1, keepdim=True)) / UNITS
+    weights.mul_(rest / weights.sum(1, keepdim=True))
 
 
 def _principal_directions(centred: Tensor, num_directions: int, generator: torch.Generator) -> Tensor:

@@ -138,7 +138,7 @@ def extract(teachers: Teachers, frames: NumberedFrames, folder: Path | str, reco
         bar.update(writer.frames_done)
         chunks = [(first + start, first + end) for start, end in writer.chunks_left()]
         for (start, end), (run, numbers) in zip(chunks, load_ahead([partial(_run, frames, *chunk) for chunk in chunks]), strict=True):
-            uniforms = torch.from_numpy(_uniforms(seed, frames, start, end)).to(device) if form == "sparse" else torch.empty(end - start, 0)
+            uniforms = torch.empty(end - start, 0) if form == "dense" else torch.from_numpy(_uniforms(seed, frames, start, end)).to(device)
             block = np.empty((end - start, width), dtype)
             for rows, posteriors in _teacher_posteriors(teachers, run, numbers, record, device):
                 block[rows] = encode(posteriors, uniforms[rows]).cpu().numpy()
@@ -321,7 +321,7 @@ def _encoder(teachers: Teachers, frames: NumberedFrames, record: SoftTargetRecor
     if not has_begun:
         by_first_process(find)
     code = CompactCode.load(folder / COMPACT_CODE).to(device)
-    return lambda posteriors, uniforms: code.encode(posteriors)
+    return code.encode
 
 
 def _run(frames: NumberedFrames, start: int, end: int) -> tuple[NumberedFrames, Tensor]:

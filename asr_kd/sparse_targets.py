@@ -51,7 +51,7 @@ def encode(posteriors: Tensor, uniforms: Tensor, bytes_per_frame: int) -> Tensor
     rest = precise.scatter(1, top_ids, torch.where(is_exact, 0.0, top)).cumsum(1)  # (N, S) cumulative, exact entries left out
     top = torch.where(is_exact, top, 0.0)
     units = round_to_units(torch.cat([top, rest[:, -1:]], 1), uniforms[:, :1].double())[:, :-1]
-    drawn_ids = _draw(rest, num_slots - 2 * num_exact, num_slots, uniforms[:, 1:].double())
+    drawn_ids = draw(rest, num_slots, uniforms[:, 1:].double(), (num_slots - 2 * num_exact)[:, None])
     return _pack(num_exact, top_ids, units, drawn_ids, num_slots)
 
 
@@ -84,9 +84,9 @@ def _exact_entries(posteriors: Tensor, total: Tensor, num_slots: int) -> tuple[T
     return top[:, :most], ids[:, :most], num_exact
 
 
-def _draw(cumulative: Tensor, num_drawn: Tensor, num_slots: int, uniform: Tensor) -> Tensor:
-    """Systematic sample: ids (N, num_slots), of which the first `num_drawn` (N,) of each row count."""
-    points = (torch.arange(num_slots, device=cumulative.device) + uniform) * (cumulative[:, -1:] / num_drawn[:, None])
+def draw(cumulative: Tensor, num_slots: int, uniform: Tensor, num_drawn: Tensor | None = None) -> Tensor:
+    """Systematic sample from masses of cumulative sums (N, S): ids (N, num_slots), of which the first `num_drawn` (N, 1) of each row count."""
+    points = (torch.arange(num_slots, device=cumulative.device) + uniform) * (cumulative[:, -1:] / (num_slots if num_drawn is None else num_drawn))
     return torch.searchsorted(cumulative, points, right=True).clamp(max=cumulative.shape[1] - 1)
 
 

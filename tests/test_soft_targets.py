@@ -204,7 +204,7 @@ def test_compact_store_is_close_to_the_direct_computation(tmp_path: Path, monkey
     assert isinstance(found, Tensor)
     assert store.bytes_per_frame == 48
     difference = (found - direct(FRAMES)).abs().sum(1)
-    assert float(difference.mean()) < 0.05
+    assert float(difference.mean()) < 0.1
     torch.testing.assert_close(found.sum(1), torch.ones(100), atol=1e-5, rtol=0)
 
 
