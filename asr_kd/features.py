@@ -26,9 +26,10 @@ CMVN = ("speaker", "utterance", "corpus", "none")
 SHARD_UTTERANCES = 2000
 BATCH_UTTERANCES = 16
 # rows of the spectrum held at once: fits a core's cache, or is large enough to keep a GPU busy
-BLOCK_FRAMES = {"cpu": 512, "cuda": 65536}
+BLOCK_FRAMES = {"cpu": 1024, "cuda": 65536}
 # frames of waveforms that are joined: the samples of a group stay in the cache, a GPU takes all that it is given
-GROUP_FRAMES = {"cpu": 1024, "cuda": 1 << 40}
+GROUP_FRAMES = {"cpu": 4096, "cuda": 1 << 40}
+BANK_FILTERS = 8  # neighbours, which look at nearly the same bins
 
 log = logging.getLogger(__name__)
 
@@ -113,22 +114,23 @@ def _log_mel(samples: Tensor, log_mel: Tensor, options: FbankOptions) -> None:
     emphasised = torch.sub(samples[1:], samples[:-1], alpha=options.preemphasis)
     frames, raw_frames = (signal.as_strided((rows, options.window), (options.shift, 1)) for signal in (emphasised, samples[1:]))  # overlapping views
     padded = torch.zeros(min(block, rows), options.fft_size, device=samples.device)
-    for own_frames, own_raw_frames, energies in zip(*(torch.split(tensor, block) for tensor in (frames, raw_frames, log_mel)), strict=True):
-        if len(energies) < len(padded):
-            padded = padded[:len(energies)]
+    energies = torch.empty(options.num_mels, len(padded), device=samples.device)
+    for own_frames, own_raw_frames, own_log_mel in zip(*(torch.split(tensor, block) for tensor in (frames, raw_frames, log_mel)), strict=True):
+        if len(own_log_mel) < len(padded):
+            padded, energies = padded[:len(own_log_mel)], energies[:, :len(own_log_mel)].contiguous()
         part = padded[:, :options.window]
         # Kaldi removes each frame's mean before it emphasises; how the first sample is emphasised does not matter, the window is 0 there
         torch.sub(own_frames, own_raw_frames.sum(1, keepdim=True), alpha=(1.0 - options.preemphasis) / options.window, out=part)
         part *= window
         powers = torch.view_as_real(torch.fft.rfft(padded)).square_().flatten(1)  # (rows, 2 * bins)
-        for bank in banks:  # real² + imaginary² is summed by the product
-            torch.mm(powers[:, bank.bins], bank.weights, out=energies[:, bank.filters])
-        energies.clamp_(min=torch.finfo(torch.float32).eps).log_()
+        for bank in banks:  # real² + imaginary² is summed by the product, which is fastest this way round
+            torch.mm(bank.weights, powers[:, bank.bins].t(), out=energies[bank.filters])
+        own_log_mel.copy_(energies.clamp_(min=torch.finfo(torch.float32).eps).log_().t())
 
 
 @dataclass(frozen=True)
 class _Bank:
-    """Neighbouring mel filters and the spectrum that they look at: `weights` (bins, filters), each bin twice, real and imaginary."""
+    """Neighbouring mel filters and the spectrum that they look at: `weights` (filters, bins), each bin twice, real and imaginary."""
 
     filters: slice
     bins: slice
@@ -140,7 +142,7 @@ class _Bank:
 
 @lru_cache(maxsize=8)
 def _tables(options: FbankOptions) -> tuple[Tensor, list[_Bank]]:
-    """Povey window (window,), and triangular mel filters in two banks: the lower ones look at few bins, the upper ones not at those."""
+    """Povey window (window,), and triangular mel filters in banks of a few, each of which looks at few bins."""
     window = torch.hann_window(options.window, periodic=False).pow(0.85)
     high_freq_hz = options.high_freq_hz + (options.sample_rate / 2 if options.high_freq_hz <= 0 else 0.0)
     if not 0 <= options.low_freq_hz < high_freq_hz <= options.sample_rate / 2 or not 0 < options.shift <= options.window:
@@ -150,20 +152,15 @@ def _tables(options: FbankOptions) -> tuple[Tensor, list[_Bank]]:
     bins = _mel(np.arange(options.fft_size // 2 + 1) * options.sample_rate / options.fft_size)[:, None]
     left, centre, right = edges[:-2], edges[1:-1], edges[2:]
     filters = np.maximum(0, np.minimum((bins - left) / (centre - left), (right - bins) / (right - centre)))  # (bins, F)
-    weights = torch.from_numpy(filters.repeat(2, axis=0)).float()  # (2 * bins, F)
-    splits = [_banks(weights, size) for size in range(0, options.num_mels, 8)]  # products are fastest for multiples of the registers' size
-    return window, min(splits, key=lambda banks: sum(bank.weights.numel() for bank in banks))
+    weights = torch.from_numpy(filters.repeat(2, axis=0)).float().t().contiguous()  # (F, 2 * bins)
+    return window, [_bank(weights, slice(start, start + BANK_FILTERS)) for start in range(0, options.num_mels, BANK_FILTERS)]
 
 
-def _banks(weights: Tensor, size: int) -> list[_Bank]:
-    """The first `size` filters, if there are any, and the others; a filter without a bin is all zeros."""
-    banks = []
-    for filters in (slice(0, size), slice(size, weights.shape[1])):
-        used = (weights[:, filters] != 0).any(1).nonzero()[:, 0].tolist() or [0]
-        bins = slice(used[0], used[-1] + 1)
-        if filters.start < filters.stop:
-            banks.append(_Bank(filters, bins, weights[bins, filters].contiguous()))
-    return banks
+def _bank(weights: Tensor, filters: slice) -> _Bank:
+    """These filters with the bins from the first to the last that one of them looks at; a filter without a bin is all zeros."""
+    used = (weights[filters] != 0).any(0).nonzero()[:, 0].tolist() or [0]
+    bins = slice(used[0], used[-1] + 1)
+    return _Bank(filters, bins, weights[filters, bins].contiguous())
 
 
 def _mel(frequency_hz: Any) -> Any:

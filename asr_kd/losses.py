@@ -118,7 +118,8 @@ def distillation_loss(
 
     logits: (B, T, C) or (N, C), any float type; log-probabilities serve as well. A class may be masked by -inf: its gradient is
         finite, and its value too as long as the soft target is 0 there.
-    soft_targets: probabilities made at the same temperature, of the shape of `logits`, or SparseTargets. Constants.
+    soft_targets: probabilities made at the same temperature, of the shape of `logits`, or SparseTargets. Constants. Unbiased estimates serve as
+        well, single ones of which are negative (`asr_kd.compact_targets`), since the loss is linear in them.
     hard_targets: class ids (B, T) or (N,); None where the transfer set has no labels, then the hard term is left out.
     length: (B,) relative lengths in (0, 1] as SpeechBrain's: frame t is valid if t < length * T. Padding changes neither value
         nor gradient, whatever it holds.
@@ -128,7 +129,7 @@ def distillation_loss(
         logits (N, C) every row is an utterance of one frame.
     allowed_len_diff: up to so many frames more in logits, soft or hard targets than in the shortest of them are cut off.
     kl: report KL(p, q) instead of CE(p, q), so that the soft term of a perfect student is 0. The gradient is the same. For
-        SparseTargets with a sampled tail the entropy is that of the sample, and the value is too large by the difference.
+        SparseTargets with a sampled tail and other estimates the entropy is that of the sample, and the value is off by the difference.
     fused: on CUDA, use the Triton kernels of `asr_kd.fused_losses` where they can be; False: never.
 
     Raises ValueError for shapes, lengths, class ids or settings that do not fit; class ids, lengths and the targets' mass are
@@ -425,8 +426,9 @@ def _soft_cross_entropy(log_q: Tensor, rows: _Rows) -> Tensor:
 
 
 def _entropy(rows: _Rows, num_classes: int) -> Tensor:
-    """-sum over classes of p * log p, (N,)."""
-    listed = -torch.xlogy(rows.probabilities, rows.probabilities).sum(-1)
+    """-sum over classes of p * log p, (N,); of estimates the negative ones are left out."""
+    probabilities = rows.probabilities.clamp(min=0)
+    listed = -torch.xlogy(probabilities, probabilities).sum(-1)
     if rows.indices is None or rows.tail is None:
         return listed
     num_unlisted = num_classes - rows.indices.shape[-1]

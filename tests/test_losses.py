@@ -232,6 +232,9 @@ def test_kl_divergence_agrees_with_torch_and_reaches_zero() -> None:
     entropy = torch.special.entr(targets).sum(-1).mean()
     torch.testing.assert_close(distillation_loss(frames, targets, temperature=2.0), 4 * (by_torch + entropy))
     assert distillation_loss(2 * soft.log(), soft, temperature=2.0, kl=True).abs().item() < 1e-14
+    estimates = torch.tensor([[0.75, 0.5, -0.25] + [0.0] * (C - 3)], dtype=DOUBLE)  # negative entries have no entropy
+    entropy = -0.75 * math.log(0.75) - 0.5 * math.log(0.5)
+    assert distillation_loss(torch.zeros(1, C, dtype=DOUBLE), estimates, temperature=1.0, kl=True).item() == pytest.approx(math.log(C) - entropy)
     one_hot = functional.one_hot(torch.tensor([2]), C).double()
     assert distillation_loss(torch.zeros(1, C, dtype=DOUBLE), one_hot, temperature=1.0, kl=True).item() == pytest.approx(math.log(C))
 

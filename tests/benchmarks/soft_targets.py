@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,7 @@ def corpus(options: argparse.Namespace) -> dict[str, Any]:
     num_states = int(targets.frames.max()) + 1
     if options.states:
         places = [contexts_of(store, frames.utt_ids) for store, frames in ((targets, data), (dev_targets, dev))]
-        data.targets, dev.targets = divided(*places, num_states, options.states)
+        data, dev = (replace(frames, targets=own) for frames, own in zip((data, dev), divided(*places, num_states, options.states), strict=True))
         num_states = options.states
     shape = ModelShape(1040, options.hidden_layers, options.hidden_units, num_states, 0.1)
     teachers = Ensemble(shape, range(1000, 1000 + options.teachers))
