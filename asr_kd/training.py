@@ -116,8 +116,8 @@ def train(networks: Ensemble, data: TrainingFrames, heldout: FrameData, folder: 
         soft_targets: without them the loss is the cross-entropy with the hard targets.
 
     Raises:
-        AsrKdError: the loss of every member became NaN, because of features or before any was evaluated; state ids out of range; a checkpoint of
-            other settings or a full disk.
+        AsrKdError: the loss of every member became NaN, because of features or before any was evaluated; state ids out of range; fewer frames in a
+            batch than processes; a checkpoint of other settings or a full disk.
     """
     return _Trainer(networks, data, heldout, Path(folder), settings, seed, soft_targets).run()
 
@@ -187,6 +187,9 @@ class _Trainer:
         """Frame numbers in `part` of each batch of the epoch that is still to come."""
         parts = self.data.parts(self.seed, self.epoch)
         counts = [max(1, round(part.num_frames / self.settings.batch_frames)) for part in parts]
+        if min(part.num_frames // count for part, count in zip(parts, counts, strict=True)) < world_size():
+            raise AsrKdError(f"batch_frames: got {self.settings.batch_frames}, expected some frames of every batch for each of {world_size()} processes; "
+                             "raise it")
         self.num_batches, done = sum(counts), 0
         if self.batch == self.num_batches:  # cut at the end of an epoch
             return

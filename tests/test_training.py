@@ -324,6 +324,12 @@ def test_too_high_a_learning_rate_is_an_error_not_a_model(data: FrameData, heldo
         train(Ensemble(SHAPE, [1]), data, heldout, tmp_path, settings, seed=7)
 
 
+def test_batches_too_small_for_all_processes_are_refused(data: FrameData, heldout: FrameData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "world_size", lambda: 3)
+    with pytest.raises(AsrKdError, match="batch_frames: got 2, expected some frames of every batch for each of 3 processes; raise it"):
+        train(Ensemble(SHAPE, [1]), data, heldout, tmp_path, replace(SETTINGS, batch_frames=2), seed=7)
+
+
 def test_length_mismatch_names_the_utterance(tmp_path: Path) -> None:
     make_data(tmp_path, 1, ("a", "b"))
     with FrameWriter(tmp_path / "targets", (), np.int32) as targets:
