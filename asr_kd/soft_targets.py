@@ -4,8 +4,8 @@ All forms have one interface, `targets.batch(frame_indices)`, in the frame numbe
 list of utterances, one after the other. A store is joined with that list by utterance id, so neither shuffling nor another batch
 size, order or choice of utterances can pair a frame with another frame's targets.
 
-Forms of the store: "dense" is exact to float16, at 2 S bytes per frame. "compact" (128 bytes) has a small error at every temperature: the one to
-take. "sparse" (128 bytes) is unbiased, the fastest to read and never of size (B, S), but above T = 2 its noise outweighs that of the hard targets.
+Forms of the store: "dense" is exact to float16, at 2 S bytes per frame. "compact" and "sparse" (128 bytes) are unbiased. The noise of "compact" is small
+at every temperature: the one to take. "sparse" is the fastest to read and never of size (B, S), but above T = 2 its noise outweighs that of the hard targets.
 
 Averaged posteriors cannot be re-tempered; what they were made with is written into the store and compared whenever it is opened.
 """
@@ -114,7 +114,7 @@ def extract(teachers: Teachers, frames: NumberedFrames, folder: Path | str, reco
     """Write the soft targets of all `frames` to `folder`; an extraction that was cut off goes on after its last chunk.
 
     Of several processes each writes its share of the utterances to a folder of its own, `shard{rank}of{processes}`. Memory use does not
-    depend on the number of frames. What is drawn for a frame of the sparse form depends on `seed` and the utterance alone.
+    depend on the number of frames. What is drawn for a frame of the compact and sparse forms depends on `seed` and the utterance alone.
 
     Args:
         form: "dense" is float16 (N, S), "compact" `asr_kd.compact_targets`, "sparse" `asr_kd.sparse_targets`.
@@ -207,7 +207,7 @@ class SoftTargetStore:
         return part
 
     def batch(self, frame_indices: Tensor) -> Tensor | SparseTargets:
-        """Targets of frames (B,): float32 probabilities (B, S), or sparse targets; every frame's sum to 1."""
+        """Targets of frames (B,): float32 (B, S), or sparse targets; every frame's sum to 1. In the compact form single ones may be negative."""
         if self._on_device and self._records is None:  # not before: streamed training asks only for parts of the frames
             self._load()
         stored = self._read(frame_indices) if self._records is None else self._records[frame_indices]
