@@ -42,7 +42,7 @@ LAYOUT = 4
 SMALLEST_RECORD_BYTES = 16
 FLOOR = 1e-3  # probabilities below this share of uniform ones are not told apart: together they hold at most this mass
 BITS = (8, 4, 2)
-# Of a record a quarter describes, an entry is kept as it is for every 32 bytes, and the rest is drawn: no more than twice the noise of the
+# Of a record a quarter describes, an entry is kept as it is for every 32 bytes, and the rest is drawn: at most about twice the noise of the
 # best shares, over 1,200 and 14,000 states of speech at T = 1, 2 and 5
 DESCRIBING_SHARE = 0.25
 BYTES_PER_EXACT = 32
