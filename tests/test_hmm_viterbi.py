@@ -92,6 +92,47 @@ def test_min_frames_is_the_shortest_alignable_length() -> None:
     assert graph.min_frames == 9
 
 
+def step_by_step(graph: AlignmentGraph, hmm: HmmModel, table: np.ndarray) -> tuple[float, np.ndarray]:
+    """Best path of an utterance in double precision, one frame after another over a matrix of all moves."""
+    weights = choice_weights(hmm.log_optional_silence).astype(np.float64)
+    tied = hmm.flat_table[graph.codes]
+    moves = np.full((graph.num_states, graph.num_states), -np.inf)
+    np.fill_diagonal(moves, hmm.log_self_loop[tied])
+    for j in range(graph.num_states - 1):
+        if j % 3 < 2:
+            moves[j, j + 1] = hmm.log_advance[tied[j]]
+    for a, b, kind in zip(graph.arc_from, graph.arc_to, graph.arc_kind, strict=True):
+        moves[3 * a + 2, 3 * b] = hmm.log_advance[tied[3 * a + 2]] + weights[kind]
+    scores = np.full(graph.num_states, -np.inf)
+    scores[3 * graph.start] = weights[graph.start_kind]
+    scores += table[0]
+    back = np.zeros(table.shape, np.int64)
+    for t in range(1, len(table)):
+        candidates = scores[:, None] + moves
+        back[t] = candidates.argmax(0)
+        scores = candidates.max(0) + table[t]
+    ends = 3 * graph.end + 2
+    final = scores[ends] + hmm.log_advance[tied[ends]] + weights[graph.end_kind]
+    states = [ends[final.argmax()]]
+    for t in range(len(table) - 1, 0, -1):
+        states.append(back[t, states[-1]])
+    return final.max(), np.array(states[::-1])
+
+
+def test_minutes_of_states_that_sound_alike_are_not_rounded_away() -> None:
+    """At -49 per frame, an adapted model's log-likelihood, float32 sums over more than a minute are rounded to thirty-seconds."""
+    rng = np.random.default_rng(5)
+    hmm = random_hmm(rng)
+    graphs = [build_alignment_graph([[tuple(rng.integers(2, NUM_PHONES + 1, 3))] for _ in range(words)], NUM_PHONES) for words in (3, 2)]
+    tables = [(-49 + 0.3 * rng.normal(size=(frames, graph.num_states))).astype(np.float32) for graph, frames in zip(graphs, (8_000, 300), strict=True)]
+    paths = viterbi(graphs, hmm, list(map(torch.from_numpy, tables)), [np.arange(graph.num_states) for graph in graphs])
+    for graph, table, path in zip(graphs, tables, paths, strict=True):
+        score, states = step_by_step(graph, hmm, table.astype(np.float64))
+        assert path is not None
+        assert path.log_probability == pytest.approx(score, abs=1.0)
+        assert np.array_equal(path.states, states)
+
+
 def test_no_finite_path_gives_none_beside_an_utterance_that_has_one() -> None:
     graph = build_alignment_graph([[(A,)]], NUM_PHONES)
     hmm = random_hmm(np.random.default_rng(1))

@@ -19,6 +19,7 @@ from asr_kd.hmm.model import STATES_PER_PHONE, HmmModel
 from asr_kd.hmm.topology import EDGE_SILENCE, NO_EDGE_SILENCE, WITH_SILENCE, WITHOUT_SILENCE, AlignmentGraph
 
 FloatArray = NDArray[np.float32]
+_RESCALE_FRAMES = 128  # float32 scores of six minutes would be rounded to eighths
 _FURTHER = 2  # a predecessor is named 0 (the state itself), 1 (its source), or this plus a row of the further ones
 
 
@@ -93,8 +94,9 @@ def viterbi(graphs: Sequence[AlignmentGraph], hmm: HmmModel, log_likelihoods: Se
     tables = [log_likelihoods[u] for u in order]
     lengths = [len(table) for table in tables]
     batch = _lay_out([graphs[u] for u in order], [columns[u] for u in order], [table.shape[1] for table in tables], hmm).to(tables[0].device)
-    scores, back = _forward(batch, _pad(tables), lengths)
-    log_probabilities, track = (tensor.cpu().numpy() for tensor in _trace_back(batch, scores, back, lengths))
+    scores, levels, back = _forward(batch, _pad(tables), lengths)
+    above_level, track = (tensor.cpu().numpy() for tensor in _trace_back(batch, scores, back, lengths))
+    log_probabilities = levels.cpu().numpy() + above_level
     paths: list[Path | None] = [None] * len(graphs)
     for k, u in enumerate(order):
         if np.isfinite(log_probabilities[k]):
@@ -156,13 +158,18 @@ def _pad(tables: Sequence[Tensor]) -> Tensor:
     return emissions
 
 
-def _forward(batch: _Batch, emissions: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """Scores of the states in each utterance's last frame, (N + 1,), and which predecessor won, (T_max, N)."""
+def _forward(batch: _Batch, emissions: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores of the states in each utterance's last frame, (N + 1,), above a level per utterance, (utterances,); which predecessor won, (T_max, N).
+
+    The best score so far is moved into the level now and then, so that the differences that decide are not rounded away.
+    """
     total = len(batch.stay)
     scores = emissions.new_full((total + 1,), -torch.inf)
     scores[:total] = batch.begin + emissions[0].index_select(0, batch.column)
     few = len(batch.further_source) + _FURTHER <= torch.iinfo(torch.uint8).max
     back = torch.zeros(len(emissions), total, dtype=torch.uint8 if few else torch.int32, device=emissions.device)
+    levels = torch.zeros(len(lengths), dtype=torch.float64, device=emissions.device)
+    owner = torch.repeat_interleave(torch.from_numpy(np.diff(batch.offsets))).to(emissions.device)  # (N,)
     active = 0
     for t in range(1, len(emissions)):
         if not active or lengths[active - 1] <= t:
@@ -177,7 +184,12 @@ def _forward(batch: _Batch, emissions: Tensor, lengths: list[int]) -> tuple[Tens
         if len(now.branches):
             _merge_branches(now, scores, best, winner)
         torch.add(best, emissions[t].index_select(0, now.column), out=here)
-    return scores, back
+        if t % _RESCALE_FRAMES == 0:
+            tops = here.new_full((active,), -torch.inf).scatter_reduce_(0, owner[:n], here, "amax")
+            tops.masked_fill_(tops.isinf(), 0.0)  # no path is left
+            levels[:active] += tops
+            here -= tops[owner[:n]]
+    return scores, levels, back
 
 
 def _merge_branches(batch: _Batch, scores: Tensor, best: Tensor, winner: Tensor) -> None:
@@ -191,7 +203,7 @@ def _merge_branches(batch: _Batch, scores: Tensor, best: Tensor, winner: Tensor)
 
 
 def _trace_back(batch: _Batch, scores: Tensor, back: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """Log-probability of each utterance's best path, and its states, (T_max, utterances), found by following the winners backwards, all in step."""
+    """Score of each utterance's best path above its level, and its states, (T_max, utterances), found by following the winners backwards, all in step."""
     final = scores[:-1] + batch.finish
     spans = [(int(start), int(end)) for start, end in zip(batch.offsets[:-1], batch.offsets[1:], strict=True)]
     states = torch.stack([start + final[start:end].argmax() for start, end in spans])
