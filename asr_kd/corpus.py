@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,10 @@ from asr_kd.errors import AsrKdError
 from asr_kd.espeak import espeak_is_installed
 from asr_kd.g2p import complete_lexicon
 from asr_kd.lexicon import Lexicon, read_lexicon
-from asr_kd.lm import estimate_kneser_ney, read_vocabulary, write_arpa
-from asr_kd.manifest import Utterance, check_unique, files_below, find_split, load_split, read_manifest, write_exclusions, write_manifest
+from asr_kd.lm import estimate_kneser_ney, read_vocabulary, text_lines, write_arpa
+from asr_kd.manifest import Utterance, check_unique, find_split, load_split, read_manifest, speech_files, write_exclusions, write_manifest
 from asr_kd.settings import Settings, split_name
-from asr_kd.stage import Record, file_fingerprint, fingerprint, run_stage
+from asr_kd.stage import Record, file_fingerprint, file_state, fingerprint, run_stage
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +28,6 @@ class Corpus:
         train: ids of the utterances that everything is trained on.
         tuning: ids of the held-out speakers of the training splits, on whom every choice is made.
         evaluation: names of the splits that are reported.
-        data_folder: where the audio is.
         fingerprints: split -> identifies its transcripts and audio.
     """
 
@@ -37,7 +35,6 @@ class Corpus:
     train: list[str]
     tuning: list[str]
     evaluation: list[str]
-    data_folder: Path
     fingerprints: dict[str, str]
 
     @property
@@ -87,7 +84,8 @@ def prepare_corpus(settings: Settings, data_folder: Path) -> tuple[Corpus, Recor
 
     folder = settings.output / "manifests"
     inputs = {name: _speech_fingerprint(split, data_folder) for split, name in names.items()}
-    record = run_stage("manifests", folder, {"data_folder": data_folder, "splits": names}, inputs, work)
+    places = {name: find_split(split, data_folder).absolute() for split, name in names.items()}  # manifests hold absolute paths
+    record = run_stage("manifests", folder, {"data_folder": data_folder.absolute(), "splits": places}, inputs, work)
     splits = {name: read_manifest(folder / f"{name}.csv") for name in names.values()}
     check_unique(utterance for utterances in splits.values() for utterance in utterances)
     in_training = [utterance for split in settings.train_splits for utterance in splits[names[split]]]
@@ -102,8 +100,7 @@ def prepare_corpus(settings: Settings, data_folder: Path) -> tuple[Corpus, Recor
     evaluation = [names[split] for split in (*settings.dev_splits, *settings.test_splits)]
     log.info("corpus: %d utterances to train on, %d for tuning (speakers %s), %s", len(train), len(tuning), ", ".join(sorted(tuning_speakers)),
              ", ".join(f"{len(splits[name])} in {name}" for name in evaluation))
-    fingerprints = {name: fingerprint([data_folder, split, inputs[name]]) for split, name in names.items()}
-    return Corpus(splits, train, tuning, evaluation, data_folder, fingerprints), record
+    return Corpus(splits, train, tuning, evaluation, inputs), record
 
 
 def choose_tuning_speakers(utterances: Sequence[Utterance], share: float = 0.05) -> set[str]:
@@ -119,11 +116,12 @@ def choose_tuning_speakers(utterances: Sequence[Utterance], share: float = 0.05)
         raise AsrKdError(f"training splits hold {len(seconds)} speakers, expected 3 or more, as two are held out for tuning; "
                          "give every speaker an id of their own")
     chosen: set[str] = set()
-    for speaker in sorted(seconds, key=lambda name: (seconds[name], name)):
-        if len(chosen) >= 2 and sum(seconds[name] for name in chosen) >= share * sum(seconds.values()):
+    chosen_s, wanted_s = 0.0, share * sum(seconds.values())
+    for speaker in sorted(seconds, key=lambda name: (seconds[name], name))[:-1]:
+        if len(chosen) >= 2 and chosen_s >= wanted_s:
             break
-        if len(chosen) + 1 < len(seconds):
-            chosen.add(speaker)
+        chosen.add(speaker)
+        chosen_s += seconds[speaker]
     return chosen
 
 
@@ -167,26 +165,15 @@ def _sentences(corpus: Corpus, lm_text: Path | None) -> list[list[str]]:
     if lm_text is None:
         words = corpus.words
         return [list(words[utt_id]) for utt_id in corpus.train]
-    try:
-        text = unicodedata.normalize("NFC", lm_text.read_text(encoding="utf-8-sig"))
-        return [line.split() for line in text.splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise AsrKdError(f"{lm_text}: not readable as text ({error}); save it as UTF-8") from error
-    except OSError as error:
-        raise AsrKdError(f"{lm_text}: not readable as text ({error.strerror}); check lm_text") from error
+    return [line.split() for _, line in text_lines(lm_text) if line]
 
 
 def _speech_fingerprint(split: str, data_folder: Path) -> str:
-    """Identifies a split's transcripts and audio by path, size and time of the last change of each file, without reading the audio."""
+    """Identifies a split's transcripts and audio by name, size and time of the last change of each file, without reading the audio.
+
+    Where they lie makes no difference: a corpus that is moved is the same speech.
+    """
     path = find_split(split, data_folder)
     if path.is_file():
-        return fingerprint([file_fingerprint(path), [_file_state(utterance.wav) for utterance in read_manifest(path, data_folder)]])
-    return fingerprint([[file.relative_to(path), *_file_state(file)[1:]] for file in files_below(path)])
-
-
-def _file_state(path: Path) -> list[object]:
-    """Path, size and time of the last change, or that there is no file."""
-    if not path.is_file():
-        return [path, "missing"]
-    state = path.stat()
-    return [path, state.st_size, state.st_mtime_ns]
+        return fingerprint([file_fingerprint(path), [file_state(utterance.wav) for utterance in read_manifest(path, data_folder)]])
+    return fingerprint([[file.relative_to(path), *file_state(file)] for file in speech_files(path)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import http.client
 import logging
@@ -12,7 +13,8 @@ import time
 import urllib.error
 import urllib.request
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -77,7 +79,7 @@ def fetch_librispeech(settings: Settings) -> None:
     folder = Path(settings.data_folder)
     paths = [Path(path) for path in [*settings.lexicon, *([settings.lm] if settings.lm else [])] if not Path(path).exists()]
     splits = [split for split in dict.fromkeys([*settings.train_splits, *settings.dev_splits, *settings.test_splits])
-              if not split.endswith(".csv") and not (folder / split).is_dir()]  # fetch_corpus knows of LibriSpeech/split
+              if not split.endswith(".csv") and not any((place / split).is_dir() for place in (folder, folder / "LibriSpeech"))]
     for path in paths:
         _known(path.name, RESOURCES, "file")
     for split in splits:
@@ -101,19 +103,21 @@ def fetch_corpus(name: str, data_folder: Path | str, mirrors: Sequence[str] = MI
     folder = Path(data_folder)
     folder = folder.parent if folder.name == "LibriSpeech" else folder
     split = folder / "LibriSpeech" / name
-    if not split.is_dir():
-        archive = download([f"{mirror}/{number}/{name}.tar.gz" for mirror in mirrors], folder / f"{name}.tar.gz", checksum, retries)
-        unpack(archive, folder)
+    with _one_at_a_time(folder):
         if not split.is_dir():
-            raise AsrKdError(f"{archive}: unpacked without LibriSpeech/{name}; remove it and download it again")
-        archive.unlink()
+            archive = download([f"{mirror}/{number}/{name}.tar.gz" for mirror in mirrors], folder / f"{name}.tar.gz", checksum, retries)
+            unpack(archive, folder)
+            if not split.is_dir():
+                raise AsrKdError(f"{archive}: unpacked without LibriSpeech/{name}; remove it and download it again")
+            archive.unlink()
     return split
 
 
 def fetch_resource(name: str, folder: Path | str, mirrors: Sequence[str] = MIRRORS, retries: Retries | None = None) -> Path:
     """Download a lexicon or language model of OpenSLR 11 into `folder`; return its path."""
     number, checksum = _known(name, RESOURCES, "file")
-    return download([f"{mirror}/{number}/{name}" for mirror in mirrors], Path(folder) / name, checksum, retries)
+    with _one_at_a_time(Path(folder)):
+        return download([f"{mirror}/{number}/{name}" for mirror in mirrors], Path(folder) / name, checksum, retries)
 
 
 def download(urls: Sequence[str], target: Path | str, checksum: str, retries: Retries | None = None) -> Path:
@@ -170,6 +174,25 @@ def unpack(archive: Path | str, folder: Path | str) -> None:
         raise AsrKdError(f"{folder}: could not be written ({error.strerror or error}); free space or choose another data_folder") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait until no other run downloads into a folder: two would write into one file and clear away what the other unpacks."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".download.lock", "a", encoding="utf-8")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise AsrKdError(f"{folder}: could not be written ({error.strerror or error}); choose another folder for what is downloaded") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("%s: waiting for another run that downloads into it", folder)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            log.warning("%s: this file system has no locks; see to it that no other run downloads into it", folder)
+        yield
 
 
 def _known(name: str, table: dict[str, tuple[str, str]], kind: str) -> tuple[str, str]:

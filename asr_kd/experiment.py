@@ -147,7 +147,7 @@ def run_experiment(settings: Settings, sweep: bool = False) -> dict[str, Any]:
     systems_of_sweep = [stages["student"].fingerprint, recogniser.fingerprint, *scored]
     if sweep:
         split = corpus.evaluation[0]
-        rows = sweep_temperatures(settings, corpus, features, targets, recogniser, split, windows[split], distil)
+        rows = sweep_temperatures(settings, corpus, features, targets, recogniser, split, windows[split], distil, stages)
         results["temperature_sweep"] = {"split": split, "rows": rows, "of": systems_of_sweep}
     elif (earlier := earlier_sweep(out / "results.json")).get("of") == systems_of_sweep:
         results["temperature_sweep"] = earlier
@@ -155,12 +155,13 @@ def run_experiment(settings: Settings, sweep: bool = False) -> dict[str, Any]:
 
 
 def sweep_temperatures(settings: Settings, corpus: Corpus, features: Features, targets: Targets, recogniser: Recogniser, split: str, windows: Windows,
-                       distil: Callable[[float], tuple[Ensemble, Record]]) -> list[dict[str, Any]]:
-    """One student per temperature, everything else equal, scored on one split."""
+                       distil: Callable[[float], tuple[Ensemble, Record]], stages: dict[str, Record]) -> list[dict[str, Any]]:
+    """One student per temperature, everything else equal, scored on one split; notes the records in `stages`."""
     rows = []
     for temperature in settings.sweep_temperatures:
         student, record = distil(temperature)
-        decoded, _ = decode_system(settings, recogniser, f"distilled_T{temperature:g}", student, record.fingerprint, {split: windows}, features)
+        name = f"distilled_T{temperature:g}"
+        decoded, stages[f"decode {name}"] = decode_system(settings, recogniser, name, student, record.fingerprint, {split: windows}, features)
         rows.append({"temperature": temperature, **score_system(student, split, windows, corpus, targets, decoded[split].words)})
     return rows
 

@@ -20,7 +20,7 @@ from asr_kd.errors import AsrKdError
 from asr_kd.frames import INDEX, FrameStore, FrameWriter
 from asr_kd.manifest import Exclusion, Utterance, check_unique, write_exclusions
 from asr_kd.progress import progress
-from asr_kd.stage import fingerprint, remove_folder
+from asr_kd.stage import file_state, fingerprint, remove_folder
 
 CMVN = ("speaker", "utterance", "corpus", "none")
 SHARD_UTTERANCES = 2000
@@ -29,6 +29,7 @@ BATCH_UTTERANCES = 16
 BLOCK_FRAMES = {"cpu": 1024, "cuda": 65536}
 # frames of waveforms that are joined: the samples of a group stay in the cache, a GPU takes all that it is given
 GROUP_FRAMES = {"cpu": 4096, "cuda": 1 << 40}
+LONGEST_DIFFERENCE_S, LONGEST_DIFFERENCE = 0.5, 0.1  # between the audio and what a manifest says of its length: the larger of the two
 BANK_FILTERS = 8  # neighbours, which look at nearly the same bins
 
 log = logging.getLogger(__name__)
@@ -215,18 +216,23 @@ def extract_features(utterances: Sequence[Utterance], folder: Path | str, option
 def _raw_shard(utterances: list[Utterance], folder: Path, prefix: str, options: FbankOptions, device: torch.device | str, speed: float, num_jobs: int,
                tell: Callable[[float], object]) -> FrameStore:
     """Unnormalised float32 features of some utterances; an earlier run's result of the same settings is kept."""
-    key = fingerprint([asdict(options), speed, [(u.utt_id, u.wav) for u in utterances]])
+    key = fingerprint([asdict(options), speed, [(u.utt_id, u.wav, u.duration_s, file_state(u.wav)) for u in utterances]])
     if (folder / INDEX).is_file() and (earlier := FrameStore(folder)).attributes.get("key") == key:
         tell(sum(utterance.duration_s for utterance in utterances))
         return earlier
     exclusions: list[tuple[str, str]] = []
     with FrameWriter(folder, (options.num_mels,), np.float32, {"key": key, "exclusions": exclusions}) as writer:
         for batch, waveforms in _decoded(utterances, options.sample_rate, speed, num_jobs):
-            readable = [(u, w) for u, w in zip(batch, waveforms, strict=True) if isinstance(w, np.ndarray) and options.num_frames(len(w))]
-            for (utterance, _), log_mel in zip(readable, fbank([w for _, w in readable], options, device), strict=True):
+            usable: list[tuple[Utterance, NDArray[np.float32]]] = []
+            for utterance, waveform in zip(batch, waveforms, strict=True):
+                if isinstance(waveform, AsrKdError):
+                    exclusions.append((prefix + utterance.utt_id, str(waveform)))
+                elif (problem := _problem(utterance, len(waveform), options, speed)) is not None:
+                    exclusions.append((prefix + utterance.utt_id, problem))
+                else:
+                    usable.append((utterance, waveform))
+            for (utterance, _), log_mel in zip(usable, fbank([waveform for _, waveform in usable], options, device), strict=True):
                 writer.append(prefix + utterance.utt_id, log_mel.cpu().numpy())
-            exclusions += [(prefix + u.utt_id, _why_unusable(w, options)) for u, w in zip(batch, waveforms, strict=True)
-                           if not isinstance(w, np.ndarray) or not options.num_frames(len(w))]
             tell(sum(utterance.duration_s for utterance in batch))
     return FrameStore(folder)
 
@@ -249,10 +255,15 @@ def _decoded(utterances: list[Utterance], sample_rate: int, speed: float,
             yield batch, [future.result() for future in current]
 
 
-def _why_unusable(waveform: NDArray[np.float32] | AsrKdError, options: FbankOptions) -> str:
-    if isinstance(waveform, AsrKdError):
-        return str(waveform)
-    return f"{len(waveform)} samples, shorter than one window of {options.window}"
+def _problem(utterance: Utterance, num_samples: int, options: FbankOptions, speed: float) -> str | None:
+    """Why audio that could be read is of no use; None where it is."""
+    if not options.num_frames(num_samples):
+        return f"{num_samples} samples, shorter than one window of {options.window}"
+    said_s, found_s = utterance.duration_s, num_samples / options.sample_rate * speed
+    if said_s > 0 and abs(found_s - said_s) > max(LONGEST_DIFFERENCE_S, LONGEST_DIFFERENCE * said_s):
+        return (f"{utterance.wav}: {found_s:.1f} s of audio, expected {said_s:.1f} s as the manifest says; cut the recording, "
+                "replace a file that is cut off, or correct the duration")
+    return None
 
 
 def _normalise(stores: Sequence[FrameStore], folder: Path, speakers: dict[str, str], cmvn: str, attributes: dict[str, object]) -> None:

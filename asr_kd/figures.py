@@ -29,6 +29,7 @@ _STYLE: Any = {
     "xtick.color": GRID, "xtick.labelcolor": MUTED, "xtick.labelsize": 8, "xtick.major.size": 0,
     "ytick.color": GRID, "ytick.labelcolor": INK, "ytick.labelsize": 8.5, "ytick.major.size": 0}
 _WIDTH_INCHES = 9.4
+MAX_SPEAKERS = 40  # that a figure shows
 
 
 def systems_figure(split: Mapping[str, Any]) -> str:
@@ -114,9 +115,9 @@ def sweep_figure(rows: Sequence[Mapping[str, Any]], references: Mapping[str, Any
         return _svg(figure, "sweep")
 
 
-def speakers_figure(per_speaker: Mapping[str, Mapping[str, Any]]) -> str:
-    """WER of every system for each speaker, worst first."""
-    speakers = sorted(per_speaker, key=lambda speaker: max(row["wer"] for row in per_speaker[speaker].values()))
+def speakers_figure(per_speaker: Mapping[str, Mapping[str, Any]], limit: int = MAX_SPEAKERS) -> str:
+    """WER of every system for each of the worst speakers, worst first."""
+    speakers = sorted(per_speaker, key=lambda speaker: max(row["wer"] for row in per_speaker[speaker].values()))[-limit:]
     present = [system for system in SYSTEMS if any(system in row for row in per_speaker.values())]
     with matplotlib.rc_context(_STYLE):
         figure, (axis,) = _panels(1, 0.26 * len(speakers) + 1.2)

@@ -253,7 +253,7 @@ def _entries(path: Path, copy: TextIO | None = None) -> Iterator[tuple[int, floa
     unigrams: set[str] = set()
     order = highest = -1  # order 0 from \data\ on
     ended = False
-    for number, line in _lines(path):
+    for number, line in text_lines(path):
         if not line or (order < 0 and line != "\\data\\"):
             continue
         if line[0] == "\\":
@@ -328,8 +328,12 @@ def _open_text(path: Path, mode: Literal["r", "w"], packed: bool) -> TextIO:
     return open(path, mode, encoding=encoding)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered, stripped lines of a text or .gz file."""
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered, stripped lines of a text or .gz file, with composed accents (NFC).
+
+    Raises:
+        AsrKdError: the file cannot be read, is cut off or is not UTF-8.
+    """
     try:
         with _open_text(path, "r", path.suffix == ".gz") as file:
             for number, line in enumerate(file, start=1):

@@ -18,6 +18,7 @@ from asr_kd.progress import progress
 from asr_kd.stage import atomic_path
 
 COLUMNS = ("ID", "duration", "wav", "spk_id", "wrd")
+TRANSCRIPTS = ".trans.txt"  # how their files' names end
 AUDIO_SUFFIXES = (".flac", ".wav", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".snd", ".caf", ".sph", ".w64", ".rf64")  # in either case
 
 log = logging.getLogger(__name__)
@@ -174,29 +175,47 @@ def check_unique(utterances: Iterable[Utterance], where: str = "") -> None:
                          "ids must be unique across the splits read together")
 
 
+def speech_files(split_folder: Path) -> list[Path]:
+    """Transcripts and audio below a folder in the LibriSpeech layout, sorted; errors as `files_below`."""
+    return [path for path in files_below(split_folder) if path.name.endswith(TRANSCRIPTS) or path.suffix.lower() in AUDIO_SUFFIXES]
+
+
 def files_below(folder: Path) -> list[Path]:
-    """Every file below a folder, sorted; links are followed, but not to a folder that they lie in.
+    """Every file below a folder that is not hidden, sorted; links are followed, but not to a folder that they lie in.
+
+    Hidden files are those of file managers and file systems (`._x.trans.txt`, `.nfs...`), not of a corpus.
 
     Raises:
-        AsrKdError: a folder that cannot be read.
+        AsrKdError: a folder that cannot be read, or a name that is not UTF-8, which no manifest could hold.
     """
     def refuse(error: OSError) -> None:
         raise AsrKdError(f"{error.filename}: folder not readable ({error.strerror}); change its permissions or remove it") from error
 
     files: list[Path] = []
     for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if not Path(root).resolve().is_relative_to(Path(root, name).resolve())]
-        files += [Path(root, name) for name in names]
+        folders[:] = [name for name in folders if not name.startswith(".") and not Path(root).resolve().is_relative_to(Path(root, name).resolve())]
+        files += [Path(root, name) for name in names if not name.startswith(".")]
+    for path in files:
+        if not _is_utf8(str(path)):
+            raise AsrKdError(f"{os.fsencode(path)!r}: the name is not UTF-8; rename the file or its folder")
     return sorted(files)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _transcripts(folder: Path, files: Sequence[Path]) -> dict[str, tuple[Path, tuple[str, ...]]]:
     transcripts: dict[str, tuple[Path, tuple[str, ...]]] = {}
     for path in files:
-        if not path.name.endswith(".trans.txt"):
+        if not path.name.endswith(TRANSCRIPTS):
             continue
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would also end lines at what is a space in a line
         except UnicodeDecodeError as error:
             raise AsrKdError(f"{path}: transcripts not readable ({error}); save it as UTF-8") from error
         except OSError as error:
@@ -235,7 +254,7 @@ def _from_row(path: Path, line: int, row: dict[str, str | None], data_root: Path
         if name in wav:
             if data_root is None:
                 raise AsrKdError(f"{path} line {line}: wav holds {name} but no data folder was given; set data_folder")
-            wav = wav.replace(name, str(data_root))
+            wav = wav.replace(name, str(Path(data_root).absolute()))  # else relative to the manifest
     return Utterance(cells["ID"], duration_s, path.parent / wav, cells["spk_id"], _words(cells["wrd"]))
 
 

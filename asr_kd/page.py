@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape as escape_html
@@ -117,9 +118,18 @@ def _block_markdown(block: Block) -> str:
     if isinstance(block, Table):
         rule = ["---" if c < block.text_columns else "---:" for c in range(len(block.header))]
         lines = [block.header, rule, *block.rows]
-        table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+        table = "\n".join("| " + " | ".join(map(_cell_markdown, line)) + " |" for line in lines)
         return f"**{block.folded}**\n\n{table}" if block.folded else table
     return f"### {block.text}" if isinstance(block, Text) and block.heading else block.text
+
+
+def _cell_markdown(text: str) -> str:
+    """What others named (words, speakers, paths) must not be read as tags or emphasis.
+
+    >>> _cell_markdown("<noise> | a*b_c")
+    '\\\\<noise> \\\\| a\\\\*b\\\\_c'
+    """
+    return re.sub(r"([\\`*_<|&])", r"\\\1", text)
 
 
 def escape(text: str) -> str:

@@ -27,7 +27,7 @@ def publish_student(settings: Settings, corpus: Corpus, text: Text, features: Fe
     """Write `student/bundle`, its mean normalisation chosen on the tuning speakers; measure it on the reported splits.
 
     Args:
-        decoded: split -> the student's hypotheses with the means of whole speakers.
+        decoded: split -> the student's hypotheses with the means of whole speakers, or of the split.
 
     Returns:
         split -> way of normalising -> errors, words, wer, as the report reads it.
@@ -46,14 +46,15 @@ def publish_student(settings: Settings, corpus: Corpus, text: Text, features: Fe
             normalisation = replace(normalisation, pseudo_count_frames=chosen)
         inputs = InputSettings(fbank_options(settings), settings.left_context, settings.right_context, normalisation)
         save_bundle(folder, model, targets.hmm, text.lexicon, recogniser.graph, inputs, recogniser.decoding)
-        costs = {split: _costs(split, normalisation) for split in corpus.evaluation} if settings.cmvn == "speaker" else {}
+        costs = {split: _costs(split, normalisation) for split in corpus.evaluation} if settings.cmvn in ("speaker", "corpus") else {}
         write_json(folder / "cost_of_normalisation.json", costs)
 
     def _costs(split: str, normalisation: MeanNormalisation) -> dict[str, Any]:
         store = features.stores[split]
         references = {utterance.utt_id: utterance.words for utterance in corpus.splits[split] if utterance.utt_id in store}
-        words = {"speaker": decoded[split].words}
-        for kind, way in (("map", normalisation), ("utterance", replace(normalisation, pseudo_count_frames=0.0))):
+        words = {settings.cmvn: decoded[split].words}
+        ways = {"map": normalisation, "utterance": replace(normalisation, pseudo_count_frames=0.0)} if settings.cmvn == "speaker" else {"training": normalisation}
+        for kind, way in ways.items():
             hypotheses = recogniser(_alone(store, way), len(references))
             words[kind] = {utt_id: hypothesis.words for utt_id, hypothesis in hypotheses.items()}
         totals = {kind: sum(score_split(references, own).values(), WordErrors()) for kind, own in words.items()}

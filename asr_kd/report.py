@@ -20,7 +20,7 @@ below is optional, also inside a row (a system that was not decoded has no WER);
                      words: {substitutions: [[spoken, recognised, count]], deletions: [[word, count]], insertions: [[word, count]]},
                      phones: [{reference, predicted, frames, share}]}}                  words and phones: the student's
     calibration: {split: {system: {ece, bins: [{confidence, accuracy, frames}], nll?, brier?}}}      per frame, nll in nats
-    cost_of_normalisation: {split: {speaker|map|utterance: {wer, errors, words}}}
+    cost_of_normalisation: {split: {speaker|map|utterance|corpus|training: {wer, errors, words}}}
     exclusions: {split: {reason: count}}    utterances left out
     environment: {key: value}               versions, processor, threads
 """
@@ -34,6 +34,7 @@ from typing import Any
 
 from asr_kd import __version__
 from asr_kd.figures import (
+    MAX_SPEAKERS,
     NAMES,
     SYSTEMS,
     calibration_figure,
@@ -177,9 +178,8 @@ def _split_section(split: str, rows: Mapping[str, Any], networks: Mapping[str, M
     if any(measure in rows[system] for system in present for measure in ("frame_accuracy", "wer")):
         blocks.append(Figure(systems_figure(rows), "Rings: the members one by one. Wide bars: 95 % intervals."))
     if members:
-        blocks.append(Table(["Member", "Frame accuracy, %", "WER, %"],
-                            [[str(k + 1), _percent(row.get("frame_accuracy"), 2), _percent(row.get("wer"), 1)] for k, row in enumerate(members)],
-                            folded="Members one by one"))
+        numbered = [[str(row.get("number", k)), _percent(row.get("frame_accuracy"), 2), _percent(row.get("wer"), 1)] for k, row in enumerate(members, start=1)]
+        blocks.append(Table(["Member", "Frame accuracy, %", "WER, %"], numbered, folded="Members one by one"))
     return Section(f"Results on {split}", blocks)
 
 
@@ -245,7 +245,7 @@ def _errors(results: Results) -> Section:
                  for speaker, rows in (errors.get("per_speaker") or {}).items()}
         rated = {speaker: rows for speaker, rows in rated.items() if rows}
         if rated:
-            blocks += [Text(f"{split}, by speaker", heading=True), Figure(speakers_figure(rated), "Each speaker's word error rate."), _speaker_table(rated)]
+            blocks += [Text(f"{split}, by speaker", heading=True), Figure(speakers_figure(rated), _speakers_caption(len(rated))), _speaker_table(rated)]
         if errors.get("words"):
             blocks += [Text(f"{split}, words that the student confuses", heading=True), _word_table(errors["words"])]
         phones = _with(errors.get("phones") or [], "reference", "predicted", "frames", "share")
@@ -254,6 +254,10 @@ def _errors(results: Results) -> Section:
                        Figure(confusions_figure(phones), "Frames whose best state belongs to another phone than the reference's, and their share "
                               "of all frames of the reference phone.")]
     return Section("Where the errors are", blocks)
+
+
+def _speakers_caption(speakers: int) -> str:
+    return "Each speaker's word error rate." if speakers <= MAX_SPEAKERS else f"The {MAX_SPEAKERS} speakers of {speakers} with the highest word error rates."
 
 
 def _speaker_table(per_speaker: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -298,21 +302,24 @@ def _calibration(results: Results) -> Section:
     return Section("Calibration", blocks)
 
 
-_MEANS = {"speaker": "Mean of the speaker, as in training", "map": "Mean of the utterance shrunk to the training mean (transcribe)",
+_MEANS = {"speaker": "Mean of the speaker, as in training", "corpus": "Mean of the split, as in training",
+          "training": "Mean of the training data (transcribe)", "map": "Mean of the utterance shrunk to the training mean (transcribe)",
           "utterance": "Mean of the utterance"}
 
 
 def _normalisation(results: Results) -> Section:
     rows = [[split, _MEANS.get(kind, kind), _rate(row)] for split, kinds in results.get("cost_of_normalisation", {}).items() for kind, row in kinds.items()]
-    text = Text("Training and scoring subtract each speaker's mean features. A file from a speaker never seen has no such mean; transcribe uses the mean of "
-                "the file, without its longer pauses, shrunk to that of the training data when the file is short. Student's WER:")
+    instead = ("each split's mean features; transcribe subtracts that of the training data." if results.get("settings", {}).get("cmvn") == "corpus" else
+               "each speaker's mean features. A file from a speaker never seen has no such mean; transcribe uses the mean of the file, without its longer "
+               "pauses, shrunk to that of the training data when the file is short.")
+    text = Text(f"Training and scoring subtract {instead} Student's WER:")
     table = Table(["Split", "Mean that is subtracted", "WER, % (errors / words)"], rows, text_columns=2)
     return Section("Cost of an unseen speaker", [text, table] if rows else [])
 
 
 def _exclusions(results: Results) -> Section:
     rows = [[split, reason, str(count)] for split, reasons in results.get("exclusions", {}).items() for reason, count in reasons.items()]
-    return Section("Utterances left out", [Table(["Split", "Reason", "Utterances"], rows, text_columns=2)] if rows else [])
+    return Section("Left out", [Table(["Split or networks", "Reason", "How many"], rows, text_columns=2)] if rows else [])
 
 
 def _stages(results: Results) -> Section:

@@ -73,6 +73,10 @@ def make_results(settings: Settings, corpus: Corpus, targets: Targets, windows: 
     results: dict[str, Any] = {"splits": {}, "errors": {}, "calibration": {}}
     for split, own in windows.items():
         results["splits"][split], results["errors"][split], results["calibration"][split] = _score_split(split, own, corpus, targets, systems, settings.seed)
+    trained = read_json(settings.output / "teachers" / "training.json")["heldout_accuracy"]
+    numbers = [k + 1 for k, accuracy in enumerate(trained) if accuracy >= 0]  # the others diverged at once and are not among the members
+    for rows in results["splits"].values():
+        rows["members"] = [{"number": number, **row} for number, row in zip(numbers, rows["members"], strict=True)]
     return results | {
         "decoding": asdict(recogniser.decoding),
         "curves": {name: _curves(settings.output / folder) for name, folder in (("teachers", "teachers"), ("distilled", "student"), ("control", "control"))},
@@ -201,7 +205,7 @@ def _kind(reason: str) -> str:
     ('… frames, shorter than its … states', 'word outside the lexicon')
     """
     text = re.sub(r"^[^:]*/[^:]*: ", "", reason.partition(";")[0])
-    return re.sub(r"\S*/\S*|\d+", "…", text.partition(":")[0])
+    return re.sub(r"\S*/\S*|\d+(\.\d+)?", "…", text.partition(":")[0])
 
 
 def _reasons(path: Path) -> list[str]:

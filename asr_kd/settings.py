@@ -115,6 +115,8 @@ class Settings:
         if self.synthetic_minutes is not None and ignored:
             raise AsrKdError(f"settings: {', '.join(ignored)} given beside synthetic_minutes, expected one of them, as the synthetic corpus brings its own; "
                              "give --synthetic_minutes null for speech of one's own")
+        if self.lm and self.lm_text:
+            raise AsrKdError("settings: lm and lm_text given, expected a language model or the text to estimate one from; give --lm null or --lm_text null")
         choices = {
             "cmvn": ("speaker", "utterance", "corpus", "none"),
             "precision": ("auto", "fp32", "bf16"),

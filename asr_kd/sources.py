@@ -32,7 +32,7 @@ def find_sources(settings: Settings) -> tuple[Sources, Record]:
     """Make, download or find the corpus.
 
     Raises:
-        AsrKdError: a path of the settings is not there; espeak-ng is needed for the synthetic corpus and not installed.
+        AsrKdError: a path of the settings is not there; no split to train on; espeak-ng is needed for the synthetic corpus and not installed.
     """
     if settings.synthetic_minutes is not None:
         return _synthetic(settings)
@@ -58,5 +58,7 @@ def find_sources(settings: Settings) -> tuple[Sources, Record]:
 def _synthetic(settings: Settings) -> tuple[Sources, Record]:
     from asr_kd.synthetic import make_corpus
 
+    if not settings.train_splits:
+        raise AsrKdError(f"train_splits: no split, expected at least one of {', '.join(settings.synthetic_minutes or {})} (synthetic_minutes); name it")
     corpus = make_corpus(settings.output / "corpus", minutes=settings.synthetic_minutes, seed=settings.seed, num_jobs=settings.num_jobs)
     return Sources(corpus.data_folder, [corpus.lexicon], None, corpus.lm_text), read_record(corpus.data_folder)

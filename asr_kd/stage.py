@@ -95,6 +95,14 @@ def file_fingerprint(path: Path | str) -> str:
     return digest.hexdigest()[:16]
 
 
+def file_state(path: Path) -> list[object]:
+    """Size and time of the last change (ns), which tell without reading a file whether it is another one; "missing" where there is none."""
+    if not path.is_file():
+        return ["missing"]
+    state = path.stat()
+    return [state.st_size, state.st_mtime_ns]
+
+
 def folder_fingerprint(folder: Path) -> str:
     """Sixteen hexadecimal digits that identify the files below a folder."""
     return fingerprint([[str(path.relative_to(folder)), file_fingerprint(path)] for path in sorted(folder.rglob("*")) if path.is_file()])

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from asr_kd.corpus import Corpus, Text
-from asr_kd.distributed import by_first_process, rank
+from asr_kd.distributed import by_first_process, concrete_device, rank
 from asr_kd.ensemble import Ensemble
 from asr_kd.errors import AsrKdError
 from asr_kd.evaluation import log_posteriors
@@ -187,14 +187,14 @@ def realign(settings: Settings, corpus: Corpus, text: Text, features: Features, 
     Raises:
         AsrKdError: a network of other states or features.
     """
-    hmm = targets.hmm
+    hmm, place = targets.hmm, concrete_device(settings.device)
 
     def align_one(store: FrameStore, words: Words, _: Mapping[str, str], folder: Path) -> object:
         def log_likelihoods(utt_id: str) -> NDArray[np.float32]:
-            windows = Windows({utt_id: store}, None, settings.left_context, settings.right_context, settings.device)
+            windows = Windows({utt_id: store}, None, settings.left_context, settings.right_context, place)
             return next(log_posteriors(network, windows))[1] - hmm.log_priors
 
-        return align_with_network(hmm, log_likelihoods, store, words, text.lexicon, folder, device=settings.device, resume=True)
+        return align_with_network(hmm, log_likelihoods, store, words, text.lexicon, folder, device=place, resume=True)
 
     root = targets_folder(settings, number)
     records = _align_all("realign", root, corpus, text, features, {"network": network_fingerprint}, align_one)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +83,34 @@ def test_speech_of_a_librispeech_folder_that_is_changed_is_noticed_in_its_split_
     assert {u.spk_id for u in corpora[2].splits["train"]} == {"a", "bb", "c", "e"}
 
 
+def test_hidden_files_and_notes_are_no_speech(tmp_path: Path) -> None:
+    make_folders(tmp_path)
+    settings = Settings(output_folder=str(tmp_path / "out"), data_folder=str(tmp_path), train_splits=["train"], dev_splits=["dev"])
+    first = prepare_corpus(settings, tmp_path)[0]
+    chapter = tmp_path / "train" / "a" / "7"
+    (chapter / ".DS_Store").write_bytes(b"\0\xff")
+    (chapter / "._a-7.trans.txt").write_bytes(b"\0\xff")
+    (chapter / ".cache").mkdir()
+    (chapter / ".cache" / "a-7.trans.txt").write_bytes(b"\0\xff")
+    (chapter / "notes.txt").write_text("a good speaker")
+    assert prepare_corpus(settings, tmp_path)[0] == first
+
+
+@pytest.mark.parametrize("splits", [("train", "dev"), ("train.csv", "dev.csv")])
+def test_a_corpus_that_is_moved_is_the_same_speech_at_another_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, splits: tuple[str, str]) -> None:
+    here, there = tmp_path / "here", tmp_path / "there"
+    (here / "data").mkdir(parents=True)
+    (make_folders if splits[0] == "train" else make_manifests)(here / "data")
+    settings = Settings(output_folder="out", data_folder="data", train_splits=[splits[0]], dev_splits=[splits[1]])
+    monkeypatch.chdir(here)
+    before = prepare_corpus(settings, Path("data"))[0]
+    here.rename(there)
+    monkeypatch.chdir(there)
+    after = prepare_corpus(settings, Path("data"))[0]
+    assert after.fingerprints == before.fingerprints
+    assert all(utterance.wav.is_file() for split in after.splits.values() for utterance in split)
+
+
 def test_a_dangling_link_is_left_out_and_listed(tmp_path: Path) -> None:
     make_folders(tmp_path)
     (tmp_path / "dev" / "d" / "7" / "d-7.trans.txt").write_text("d-7-0 A B\nd-7-1 A B\n")
@@ -93,7 +122,7 @@ def test_a_dangling_link_is_left_out_and_listed(tmp_path: Path) -> None:
 
 def corpus_of(train: str, dev: str) -> Corpus:
     splits = {name: [Utterance(name, 1.0, Path("x.wav"), "s", tuple(text.split()))] for name, text in (("train", train), ("dev", dev))}
-    return Corpus(splits, ["train"], [], ["dev"], Path("."), {"train": train, "dev": dev})
+    return Corpus(splits, ["train"], [], ["dev"], {"train": train, "dev": dev})
 
 
 def lexicon_file(folder: Path, words: str = "THE CAT SAT") -> Path:
@@ -173,6 +202,10 @@ def test_text_for_the_language_model_is_utf_8_with_or_without_a_mark(tmp_path: P
     lm_text.write_text("\ufeffTHE CAT\n", encoding="utf-8")
     text, _ = prepare_text(settings_of(tmp_path), corpus_of("THE CAT", "THE SAT"), [lexicon_file(tmp_path)], None, lm_text)
     assert set(read_vocabulary(text.arpa)) == {"THE", "CAT"}
+    with gzip.open(tmp_path / "lm.txt.gz", "wt") as file:
+        file.write("THE CAT\n")
+    packed, _ = prepare_text(settings_of(tmp_path), corpus_of("THE CAT", "THE SAT"), [lexicon_file(tmp_path)], None, tmp_path / "lm.txt.gz")
+    assert packed.arpa.read_text() == text.arpa.read_text()
     lm_text.write_text("THE CAT\n", encoding="utf-16")
     with pytest.raises(AsrKdError, match=r"lm\.txt: not readable as text .*; save it as UTF-8"):
         prepare_text(settings_of(tmp_path), corpus_of("THE CAT", "THE SAT"), [lexicon_file(tmp_path)], None, lm_text)

@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from hyperpyyaml import load_hyperpyyaml
 from speechbrain import Stage
@@ -124,7 +126,13 @@ def test_a_teacher_that_was_not_trained(recipe: ModuleType, tmp_path: Path) -> N
 def test_a_character_outside_the_alphabet_is_named(recipe: ModuleType) -> None:
     utterances = [SimpleNamespace(utt_id=name, words=words, duration_s=1.0, wav="x.wav") for name, words in (("u1", ("AB", "C")), ("u2", ("AB", "C-D")))]
     with pytest.raises(AsrKdError, match="u2: '-' in its transcript is not in the alphabet ' ABCD'; change the transcripts"):
-        recipe.dataset(utterances, " ABCD")
+        recipe.dataset(utterances, " ABCD", 16000)
+
+
+def test_audio_has_the_sample_rate_of_the_settings(recipe: ModuleType, tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.zeros(16000), 16000)
+    utterance = SimpleNamespace(utt_id="u", words=("A",), duration_s=1.0, wav=tmp_path / "a.wav")
+    assert recipe.dataset([utterance], "A", 8000)[0]["sig"].shape == (8000,)
 
 
 def test_training_hours_are_the_same_for_every_teacher(recipe: ModuleType) -> None:

@@ -202,7 +202,35 @@ def test_a_corpus_is_fetched_unpacked_and_not_fetched_again(server: Behaviour, t
         split = fetch_corpus("tiny", tmp_path, [f"{server.url}/nothing", f"{server.url}/resources"], QUICK)
         assert (split / "84/1/84-1.trans.txt").read_bytes() == b"84-1-0000 HELLO\n"
     assert len(server.ranges) == 2
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["84-1-0000.flac", "84-1.trans.txt", "SPEAKERS.TXT"]
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == [".download.lock", "84-1-0000.flac", "84-1.trans.txt", "SPEAKERS.TXT"]
+
+
+def test_two_runs_do_not_download_into_one_folder_at_a_time(server: Behaviour, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = archive_of(SPLIT)
+    monkeypatch.setitem(CORPORA, "tiny", ("99", checksum(content)))
+    server.files["/99/tiny.tar.gz"] = content
+    inside, other_came, meanwhile = threading.Event(), threading.Event(), []
+
+    def slow(archive: Path, folder: Path) -> None:
+        inside.set()
+        meanwhile.append(other_came.wait(0.3))
+        unpack(archive, folder)
+
+    monkeypatch.setattr(module, "unpack", slow)
+    first = threading.Thread(target=fetch_corpus, args=("tiny", tmp_path, [server.url], QUICK))
+    first.start()
+    assert inside.wait(5)
+    fetch_corpus("tiny", tmp_path, [server.url], QUICK)
+    other_came.set()
+    first.join()
+    assert meanwhile == [False]
+    assert len(server.ranges) == 1
+
+
+def test_a_split_of_ones_own_below_the_librispeech_folder_is_not_downloaded(tmp_path: Path) -> None:
+    (tmp_path / "LibriSpeech" / "mine").mkdir(parents=True)
+    settings: Any = SimpleNamespace(data_folder=tmp_path, train_splits=["mine"], dev_splits=[], test_splits=[], lexicon=[], lm=None)
+    fetch_librispeech(settings)
 
 
 def test_settings_name_what_is_fetched(server: Behaviour, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

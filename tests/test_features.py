@@ -143,6 +143,32 @@ def test_audio_that_cannot_be_used_is_listed(corpus: list[Utterance], tmp_path: 
         extract_features(broken, tmp_path / "g")
 
 
+def test_audio_of_another_length_than_the_manifest_says_is_listed(corpus: list[Utterance], tmp_path: Path) -> None:
+    """A row that points into a whole recording, and a file that was cut off; differences of half a second may be a codec's."""
+    soundfile.write(tmp_path / "long.wav", np.zeros(16000 * 20), 16000)
+    said = {"part": 3.0, "cut": 60.0, "unknown": 0.0, "codec": 19.6, "tenth": 21.5}
+    utterances = [Utterance(name, seconds, tmp_path / "long.wav", "c", ("WORD",)) for name, seconds in said.items()]
+    excluded = extract_features(utterances + corpus, tmp_path / "f", speed=1.1)
+    assert [exclusion.utt_id for exclusion in excluded] == ["sp1.1-part", "sp1.1-cut", "sp1.1-a-2"]
+    assert "long.wav: 20.0 s of audio, expected 3.0 s as the manifest says; cut the recording" in excluded[0].reason
+
+
+def test_audio_that_was_repaired_is_read_again_after_a_cut(corpus: list[Utterance], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.wav"
+    path.write_text("not audio")
+    utterances = [Utterance("x", 0.0, path, "c", ("WORD",)), *corpus]
+
+    def cut(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_normalise", cut)
+    with pytest.raises(KeyboardInterrupt):
+        extract_features(utterances, tmp_path / "f")
+    monkeypatch.undo()
+    soundfile.write(path, speech_like(4000, 7), 16000, subtype="FLOAT")
+    assert extract_features(utterances, tmp_path / "f") == []
+
+
 def test_wrong_sample_rate_and_stereo_make_no_difference(corpus: list[Utterance], tmp_path: Path) -> None:
     samples = read_audio(corpus[3].wav)
     twice = torchaudio.functional.resample(torch.from_numpy(samples), 16000, 32000).numpy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import sys
 import tarfile
 from pathlib import Path
 
@@ -66,6 +67,32 @@ def test_audio_is_taken_from_beside_its_transcript(tmp_path: Path) -> None:
     utterances, exclusions = load_split("dev", tmp_path)
     assert [(u.utt_id, u.duration_s, u.wav.parent) for u in utterances] == [("84-7-0000", 0.1, folder), ("99-7-0000", 0.1, other)]
     assert exclusions == [Exclusion("84-7-0000", f"no transcript for {other / '84-7-0000.flac'}")]
+
+
+def test_only_ends_of_lines_end_transcripts(tmp_path: Path) -> None:
+    folder = make_chapter(tmp_path, "dev", "84", {}, ["84-7-0000", "84-7-0001"])
+    (folder / "84-7.trans.txt").write_bytes("84-7-0000 ONE\x85TWO\u2028THREE\r\n84-7-0001 FOUR\x0bFIVE\n".encode())
+    utterances, exclusions = load_split("dev", tmp_path)
+    assert [u.words for u in utterances] == [("ONE", "TWO", "THREE"), ("FOUR", "FIVE")]
+    assert exclusions == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names themselves")
+def test_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
+    folder = make_chapter(tmp_path, "dev", "84", {"84-7-0000": "A"}, ["84-7-0000"])
+    os.rename(folder / "84-7-0000.flac", os.fsencode(folder) + b"/\xe9t\xe9.flac")
+    with pytest.raises(AsrKdError, match=r"xe9t.xe9\.flac': the name is not UTF-8; rename"):
+        load_split("dev", tmp_path)
+
+
+def test_the_data_root_of_a_manifest_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "m.csv").write_text("ID,duration,wav,spk_id,wrd\na,0.1,$data_root/a.wav,s,A\n")
+    soundfile.write(tmp_path / "data" / "a.wav", np.zeros(1600), 16000)
+    monkeypatch.chdir(tmp_path)
+    for split, root in (("m.csv", "data"), ("data/m.csv", "data"), ("data/m.csv", tmp_path / "data")):
+        utterances, _ = load_split(split, root)
+        assert utterances[0].wav.samefile(tmp_path / "data" / "a.wav")
 
 
 def test_two_audio_files_of_one_utterance_are_left_out_and_suffixes_have_any_case(tmp_path: Path) -> None:

@@ -108,16 +108,17 @@ def test_the_report_counts_each_utterance_left_out_once_and_by_kind(tmp_path: Pa
     reasons = {"manifests/train.exclusions.csv": ["no transcript for /my data/a.flac", "no transcript for /my data/b.flac"],
                "features/train/exclusions.csv": [f"{place}: no samples; replace the file" for place in ("/my data/c.flac", "d.wav/d")],
                "targets/train/exclusions.csv": ["no features", "no features", "word outside the lexicon: ZEBRA", "word outside the lexicon: ORYX EMU",
-                                                "12 frames, shorter than its 30 states", "7 frames, shorter than its 9 states"]}
+                                                "12 frames, shorter than its 30 states", "7 frames, shorter than its 9 states",
+                                                "/data/e.wav: 3.25 s of audio, expected 12 s as the manifest says; cut it"]}
     for name, own in reasons.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         write_exclusions(tmp_path / name, [Exclusion(f"u{n}", reason) for n, reason in enumerate(own)])
     for name in ("teachers", "student", "control"):
         write_json(tmp_path / name / "training.json", {"diverged": {}, "heldout_accuracy": []})
     settings = make_settings(TINY | {"output_folder": str(tmp_path)})
-    assert results._exclusions(settings, Corpus({"train": []}, [], [], [], tmp_path, {}))["train"] == {
+    assert results._exclusions(settings, Corpus({"train": []}, [], [], [], {}))["train"] == {
         "not usable: no transcript for … …": 2, "no features: no samples": 2, "not aligned: word outside the lexicon": 2,
-        "not aligned: … frames, shorter than its … states": 2}
+        "not aligned: … frames, shorter than its … states": 2, "not aligned: … s of audio, expected … s as the manifest says": 1}
 
 
 @pytest.mark.parametrize(("form", "device", "expected"), [("compact", "cpu", 92), ("compact", "cuda", 220), ("dense", "cuda", 92),

@@ -313,6 +313,7 @@ def test_temperature_sweep(finished: Path) -> None:
     distilled = results["splits"]["dev"]["distilled"]
     assert (rows[0]["frame_accuracy"], rows[0]["errors"]) == (distilled["frame_accuracy"], distilled["errors"])
     assert rows[1]["frame_accuracy"] != rows[0]["frame_accuracy"]
+    assert {f"{stage}_T5" for stage in ("soft_targets", "student", "decode distilled")} <= results["stages"].keys()
     assert "Temperature" in (finished / "report.md").read_text()
     assert run(finished).returncode == 0  # without a sweep: the one that was made is still of these networks
     assert read_json(finished / "results.json")["temperature_sweep"] == results["temperature_sweep"]

@@ -231,6 +231,42 @@ def test_what_is_whole_is_shown_without_what_is_not(results):
     assert "40.00" not in page
 
 
+def test_what_others_named_is_no_markdown(results):
+    results["errors"]["dev-mini"]["words"]["deletions"] = [["<noise>", 31], ["a|*b*", 3]]
+    page = to_markdown(make_page(results))
+    assert r"| \<noise> (31) |" in page
+    assert r"| a\|\*b\* (3) |" in page
+
+
+def test_the_cost_of_normalisation_names_what_training_subtracted(results):
+    assert "subtract each speaker's mean features. A file from" in to_markdown(make_page(results))
+    rates = results["cost_of_normalisation"]["dev-mini"]
+    results["cost_of_normalisation"]["dev-mini"] = {"corpus": rates["speaker"], "training": rates["map"]}
+    results["settings"]["cmvn"] = "corpus"
+    page = to_markdown(make_page(results))
+    assert "subtract each split's mean features; transcribe subtracts that of the training data." in page
+    assert "| dev-mini | Mean of the training data (transcribe) |" in page
+
+
+def test_members_keep_their_numbers_when_one_was_left_out(results):
+    for number, row in zip((1, 3, 4), results["splits"]["dev-mini"]["members"], strict=True):
+        row["number"] = number
+    page = to_markdown(make_page(results))
+    rows = page[page.index("**Members one by one**"):].split("\n\n")[1].splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| 1", "| 3", "| 4"]
+
+
+def test_of_many_speakers_the_worst_are_drawn(results):
+    rates = results["errors"]["dev-mini"]["per_speaker"]["84"]
+    results["errors"]["dev-mini"]["per_speaker"] = {f"s{n}": {system: row | {"wer": n / 1000} for system, row in rates.items()} for n in range(100)}
+    page = to_markdown(make_page(results))
+    assert f"The {figures.MAX_SPEAKERS} speakers of 100 with the highest word error rates." in page
+    drawn = figures.speakers_figure(results["errors"]["dev-mini"]["per_speaker"])
+    assert ">s99<" in drawn
+    assert ">s60<" in drawn
+    assert ">s59<" not in drawn
+
+
 def test_what_others_named_is_escaped(results, tmp_path):
     results["splits"]["<script>"] = results["splits"].pop("dev-mini")
     for part in ("curves", "temperature_sweep", "calibration"):

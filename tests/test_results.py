@@ -62,7 +62,7 @@ def test_a_split_of_which_nothing_could_be_aligned_has_its_word_errors(tmp_path:
     right, half = (Decoded(dict.fromkeys("ab", words), 0.1, []) for words in (("ZORB", "THE"), ("THE",)))
     systems = results.Systems(Ensemble(shape, [1, 2]), {name: Ensemble(shape, [3]) for name in ("distilled", "control")},
                               {name: {"dev": own} for name, own in (("member_0", half), ("ensemble", right), ("distilled", right), ("control", half))})
-    corpus = Corpus({"dev": utterances}, [], [], ["dev"], tmp_path, {})
+    corpus = Corpus({"dev": utterances}, [], [], ["dev"], {})
     rows, _, calibration = results._score_split("dev", windows, corpus, Targets({"dev": FrameStore(tmp_path / "targets")}, hmm, {}), systems, seed=1)
     assert [rows[name]["wer"] for name in ("baseline", "ensemble", "distilled", "control")] == [0.5, 0.0, 0.0, 0.5]
     assert rows["gain_kept"] == {"frame_accuracy": None, "wer": 1.0}

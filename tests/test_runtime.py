@@ -45,6 +45,13 @@ def test_freed_memory_is_used_again() -> None:
     assert faults < 1000  # the system's pages, 4 kB each, would be 97,000
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of open files are set as on Linux")
+def test_as_many_files_as_allowed_may_be_open() -> None:
+    script = ("import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (100, 300)); from asr_kd.runtime import prepare_process; prepare_process(); "
+              "print(resource.getrlimit(resource.RLIMIT_NOFILE))")
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout == "(300, 300)\n"
+
+
 def test_the_environment_goes_first() -> None:
     spins, faults = outcome(GOMP_SPINCOUNT="7", MALLOC_TRIM_THRESHOLD_="131072")
     assert spins == "7"

@@ -48,6 +48,7 @@ def test_overrides_in_both_forms_and_references(tmp_path: Path) -> None:
     ({"synthetic_minutes": {"train": 1}, "data_folder": None, "lexicon": ["a"], "lm": "b", "lm_text": "c", "download": True},
      "lexicon, lm, lm_text, download given beside synthetic_minutes"),
     ({"synthetic_minutes": {"train": 1}, "lm": "b"}, "give --synthetic_minutes null for speech of one's own"),
+    ({"lm": "a.arpa", "lm_text": "b.txt"}, "lm and lm_text given, expected a language model or the text"),
     ({"student_speeds": [0.9]}, "student_speeds is [0.9], expected some of speeds, [1.0]"),
     ({"test_splits": ["a", "b"], "dev_splits": ["a"]}, "name a 2 times, expected once"),
     ({"test_splits": ["train"]}, "name train 2 times, expected once"),

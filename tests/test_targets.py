@@ -115,7 +115,7 @@ def dry_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
 def corpus_of(**transcripts: str) -> Corpus:
     splits = {name: [Utterance(name, 1.0, Path("x.wav"), "s", tuple(text.split()))] for name, text in transcripts.items()}
-    return Corpus(splits, ["train"], ["train"], [name for name in splits if name != "train"], Path("."), transcripts)
+    return Corpus(splits, ["train"], ["train"], [name for name in splits if name != "train"], transcripts)
 
 
 TEXT = Text(Lexicon({"THE": (("DH", "AH"),), "CAT": (("K", "AE"),), "SAT": (("S", "AE"),)}), Path("lm.arpa"), "text")

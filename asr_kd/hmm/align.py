@@ -74,8 +74,7 @@ def align(aligner: Aligner, features: FrameStore | Sequence[FrameStore], transcr
 
 
 def align_with_network(hmm: HmmModel, log_likelihoods: LogLikelihoods, features: FrameStore | Sequence[FrameStore], transcripts: Mapping[str, Sequence[str]],
-                       lexicon: Pronouncer, folder: Path | str, *, acoustic_scale: float = 1.0, device: torch.device | str = "cpu",
-                       resume: bool = False) -> list[Exclusion]:
+                       lexicon: Pronouncer, folder: Path | str, *, device: torch.device | str = "cpu", resume: bool = False) -> list[Exclusion]:
     """Align a split by a network's scores: as `align`, with `log_likelihoods(utt_id)` the (T, S) log posteriors minus log priors.
 
     Raises:
@@ -89,7 +88,7 @@ def align_with_network(hmm: HmmModel, log_likelihoods: LogLikelihoods, features:
         if table.shape != (stores.length(utt_id), hmm.num_states):
             raise AsrKdError(f"{utt_id}: scores of shape {table.shape} for {stores.length(utt_id)} frames and {hmm.num_states} states; "
                              "score it with a network trained on these states and features")
-        return lambda states, span: torch.from_numpy(table[span, states].astype(np.float32) * np.float32(acoustic_scale)).to(place)
+        return lambda states, span: torch.from_numpy(table[span, states].astype(np.float32)).to(place)
 
     def work(graphs: Graphs, utt_ids: list[str]) -> tuple[Alignments, Alignments]:
         found = dict(align_utterances(utt_ids, graphs, stores, hmm, scores_of, "align with the network", place))

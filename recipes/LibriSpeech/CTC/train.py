@@ -105,8 +105,8 @@ def load_teachers(model: nn.Module, folders: Sequence[str], device: str | torch.
     return teachers
 
 
-def dataset(utterances: Sequence[Utterance], alphabet: str) -> sb.dataio.dataset.DynamicItemDataset:
-    """Utterances in order of length, with waveform and character ids (0 is the blank)."""
+def dataset(utterances: Sequence[Utterance], alphabet: str, sample_rate: int) -> sb.dataio.dataset.DynamicItemDataset:
+    """Utterances in order of length, with waveform (resampled to `sample_rate`) and character ids (0 is the blank)."""
     for utterance in utterances:
         unknown = set(" ".join(utterance.words)) - set(alphabet)
         if unknown:
@@ -116,7 +116,7 @@ def dataset(utterances: Sequence[Utterance], alphabet: str) -> sb.dataio.dataset
     @sb.utils.data_pipeline.takes("wav")
     @sb.utils.data_pipeline.provides("sig")
     def audio_pipeline(wav: str) -> Tensor:
-        return torch.from_numpy(read_audio(wav))
+        return torch.from_numpy(read_audio(wav, sample_rate))
 
     @sb.utils.data_pipeline.takes("wrd")
     @sb.utils.data_pipeline.provides("tokens")
@@ -151,7 +151,7 @@ def load_data(hparams: dict[str, Any]) -> dict[str, sb.dataio.dataset.DynamicIte
     test, _ = load_splits(hparams["test_splits"], hparams["data_folder"])
     train = training_hours([u for u in known if u.spk_id not in tuning], hparams["train_hours"])
     splits = {"train": train, "valid": [u for u in known if u.spk_id in tuning], "test": test}
-    return {name: dataset(utterances, hparams["alphabet"]) for name, utterances in splits.items()}
+    return {name: dataset(utterances, hparams["alphabet"], hparams["sample_rate"]) for name, utterances in splits.items()}
 
 
 def main(arguments: Sequence[str]) -> None:
