@@ -53,7 +53,9 @@ def publish_student(settings: Settings, corpus: Corpus, text: Text, features: Fe
         store = features.stores[split]
         references = {utterance.utt_id: utterance.words for utterance in corpus.splits[split] if utterance.utt_id in store}
         words = {settings.cmvn: decoded[split].words}
-        ways = {"map": normalisation, "utterance": replace(normalisation, pseudo_count_frames=0.0)} if settings.cmvn == "speaker" else {"training": normalisation}
+        ways = {"training": normalisation}
+        if settings.cmvn == "speaker":
+            ways = {"map": normalisation, "utterance": replace(normalisation, pseudo_count_frames=0.0)}
         for kind, way in ways.items():
             hypotheses = recogniser(_alone(store, way), len(references))
             words[kind] = {utt_id: hypothesis.words for utt_id, hypothesis in hypotheses.items()}

@@ -8,7 +8,7 @@ below is optional, also inside a row (a system that was not decoded has no WER);
                   real_time_factor, probability_better: P(lower WER than the baseline), probability_better_than_control: the student's,
                   unfinished: utterances whose search ended in no final state,
                   decoded_members: how many members' words, errors and unfinished utterances are added up in the baseline},
-             members: [{frame_accuracy, wer?, ...}], gain_kept: {frame_accuracy, wer},
+             members: [{number: from 1, frame_accuracy, wer?, ...}], gain_kept: {frame_accuracy, wer},
              bootstrap: {resampled: speakers|utterances, speakers: how many there are}}}
     networks: {teachers|distilled|control: {hidden_layers, hidden_units, dropout, ...}}
     stages: {stage: seconds}                settings: {key: value}
