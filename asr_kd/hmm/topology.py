@@ -33,7 +33,6 @@ class AlignmentGraph:
         arc_from, arc_to, arc_kind: (arcs,) from a node's last state to a node's first state.
         start, start_kind: nodes where a path may begin.
         end, end_kind: nodes where a path may end.
-        min_frames: states on the shortest path.
     """
 
     codes: NDArray[np.int32]
@@ -45,7 +44,6 @@ class AlignmentGraph:
     start_kind: NDArray[np.int8]
     end: NDArray[np.int32]
     end_kind: NDArray[np.int8]
-    min_frames: int
 
     @property
     def num_states(self) -> int:
@@ -126,7 +124,7 @@ def build_alignment_graph(words: Sequence[Pronunciations], num_phones: int) -> A
                     exits_here[phones[-1], right].extend(nodes)
         open_exits, silence = exits_here, next_silence
     end = [(silence, PLAIN)] + [(node, NO_EDGE_SILENCE) for nodes in open_exits.values() for node in nodes]
-    return _finish(builder, start, end, num_phones, sum(min(map(len, variants)) for variants in words))
+    return _finish(builder, start, end, num_phones)
 
 
 def path_graph(graph: AlignmentGraph, nodes: NDArray[np.integer]) -> AlignmentGraph:
@@ -136,11 +134,10 @@ def path_graph(graph: AlignmentGraph, nodes: NDArray[np.integer]) -> AlignmentGr
         codes=graph.codes.reshape(-1, STATES_PER_PHONE)[nodes].reshape(-1), node_slot=graph.node_slot[nodes],
         arc_from=number[:-1], arc_to=number[1:], arc_kind=np.full(len(nodes) - 1, PLAIN, np.int8),
         start=first, start_kind=np.full(1, PLAIN, np.int8), end=number[-1:], end_kind=np.full(1, PLAIN, np.int8),
-        min_frames=STATES_PER_PHONE * len(nodes),
     )
 
 
-def _finish(builder: _Builder, start: list[tuple[int, int]], end: list[tuple[int, int]], num_phones: int, min_phones: int) -> AlignmentGraph:
+def _finish(builder: _Builder, start: list[tuple[int, int]], end: list[tuple[int, int]], num_phones: int) -> AlignmentGraph:
     triples = np.asarray(builder.triples, np.int64)
     arcs = np.asarray(builder.arcs, np.int32).reshape(-1, 3)
     starts, ends = np.asarray(start, np.int32), np.asarray(end, np.int32)
@@ -150,7 +147,6 @@ def _finish(builder: _Builder, start: list[tuple[int, int]], end: list[tuple[int
         arc_from=arcs[:, 0], arc_to=arcs[:, 1], arc_kind=arcs[:, 2].astype(np.int8),
         start=starts[:, 0], start_kind=starts[:, 1].astype(np.int8),
         end=ends[:, 0], end_kind=ends[:, 1].astype(np.int8),
-        min_frames=STATES_PER_PHONE * min_phones,
     )
 
 
