@@ -24,6 +24,9 @@ class Ensemble(nn.Module):
     Member k starts exactly as `AcousticModel(shape, seeds[k])` and is `member(k)` at any time. The members share only the
     input, so each one's outputs and gradients are those of a network trained alone on the same batches.
 
+    Args:
+        drawn: False leaves the weights undrawn, to be overwritten.
+
     Attributes:
         weights: per layer (K, in, out).
         biases: per layer (K, 1, out).
@@ -33,13 +36,13 @@ class Ensemble(nn.Module):
     input_mean: Tensor
     input_scale: Tensor
 
-    def __init__(self, shape: ModelShape, seeds: Sequence[int]) -> None:
+    def __init__(self, shape: ModelShape, seeds: Sequence[int], *, drawn: bool = True) -> None:
         super().__init__()
         if not seeds:
             raise AsrKdError("num_teachers: 0, expected at least 1; change it in the settings")
         self.shape = shape
         self.seeds = tuple(seeds)
-        members = [AcousticModel(shape, seed) for seed in seeds]
+        members = [AcousticModel(shape, seed if drawn else None) for seed in seeds]
         self.register_buffer("input_mean", members[0].input_mean)
         self.register_buffer("input_scale", members[0].input_scale)
         self.weights = nn.ParameterList(_stacked_weights(members))
@@ -58,7 +61,7 @@ class Ensemble(nn.Module):
 
     def member(self, k: int) -> AcousticModel:
         """A copy of member k as a model of its own."""
-        model = AcousticModel(self.shape)
+        model = AcousticModel(self.shape, seed=None)
         state = {"input_mean": self.input_mean, "input_scale": self.input_scale}
         for i, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             state[f"layers.{i}.weight"], state[f"layers.{i}.bias"] = weight[k].t(), bias[k, 0]
@@ -72,7 +75,7 @@ class Ensemble(nn.Module):
         Raises:
             AsrKdError: they differ in one of these.
         """
-        ensemble = cls(models[0].shape, range(len(models)) if seeds is None else seeds).to(models[0].input_mean.device)
+        ensemble = cls(models[0].shape, range(len(models)) if seeds is None else seeds, drawn=False).to(models[0].input_mean.device)
         for k, model in enumerate(models):
             same_inputs = torch.equal(model.input_mean, models[0].input_mean) and torch.equal(model.input_scale, models[0].input_scale)
             if model.shape != models[0].shape or not same_inputs:
@@ -101,7 +104,7 @@ class Ensemble(nn.Module):
             AsrKdError: not such a file, or tensors of other names or shapes than its own description says.
         """
         tensors, metadata = load_tensors(path)
-        ensemble = cls(read_shape(path, metadata), json.loads(metadata.get("seeds", "[0]")))
+        ensemble = cls(read_shape(path, metadata), json.loads(metadata.get("seeds", "[0]")), drawn=False)
         load_checked(ensemble, tensors, path)
         return ensemble
 

@@ -328,7 +328,8 @@ def _working_kernels(device: torch.device) -> ModuleType | None:
     indices, tail = posteriors.argsort()[:, 1:], posteriors.amin(-1)
     settings = _Settings(2.0, 0.5, True, True)
     try:
-        for rows in (_Rows(posteriors, None, None, hard, None), _Rows(posteriors.gather(1, indices), indices, tail, hard, None)):
+        certain = _Rows(torch.ones(2, 1, device=device), hard[:, None], None, None, None)
+        for rows in (_Rows(posteriors, None, None, hard, None), _Rows(posteriors.gather(1, indices), indices, tail, hard, None), certain):
             gradient = torch.empty_like(logits)
             torch.testing.assert_close(fused_losses.row_losses(logits, rows, settings), _losses_and_gradient(logits, rows, settings, gradient))
             torch.testing.assert_close(fused_losses.row_gradients(logits, rows, settings, weights), gradient)

@@ -50,7 +50,8 @@ class ModelShape:
 class AcousticModel(nn.Module):
     """(N, input_dim) windows -> (N, num_states) logits.
 
-    Hidden weights are drawn as He et al. (2015) propose for ReLU, output weights ten times smaller than that, from `seed` alone.
+    Hidden weights are drawn as He et al. (2015) propose for ReLU, output weights ten times smaller than that, from `seed` alone;
+    without a seed they are whatever is in memory, to be overwritten.
 
     Attributes:
         input_mean, input_scale: (input_dim,) fixed; the input is (x - mean) * scale.
@@ -59,13 +60,15 @@ class AcousticModel(nn.Module):
     input_mean: Tensor
     input_scale: Tensor
 
-    def __init__(self, shape: ModelShape, seed: int = 0) -> None:
+    def __init__(self, shape: ModelShape, seed: int | None = 0) -> None:
         super().__init__()
         self.shape = shape
         self.register_buffer("input_mean", torch.zeros(shape.input_dim))
         self.register_buffer("input_scale", torch.ones(shape.input_dim))
         self.layers = nn.ModuleList(_affine(fan_in, fan_out) for fan_in, fan_out in shape.layer_dims)
         self.dropout = nn.Dropout(shape.dropout)
+        if seed is None:
+            return
         generator = torch.Generator().manual_seed(seed)
         for layer in self.affine:
             std = math.sqrt(2.0 / layer.in_features) * (0.1 if layer is self.affine[-1] else 1.0)
@@ -96,7 +99,7 @@ class AcousticModel(nn.Module):
             AsrKdError: not such a file, or tensors of other names or shapes than its own description says.
         """
         tensors, metadata = load_tensors(path)
-        model = cls(read_shape(path, metadata))
+        model = cls(read_shape(path, metadata), seed=None)
         load_checked(model, tensors, path)
         return model
 

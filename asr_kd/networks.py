@@ -81,9 +81,11 @@ class TrainingData:
 
 
 def bytes_in_memory(settings: Settings) -> int:
-    """Bytes per frame of features, state ids and those soft targets that a GPU keeps: a CPU maps them from the disk, as everyone does dense ones."""
-    keeps_targets = torch.device(settings.device).type != "cpu" and settings.soft_targets in ("compact", "sparse")
-    return 2 * settings.num_mels + INDEX_BYTES + (STORED_BYTES if keeps_targets else 0)
+    """Bytes per frame of features, state ids and the soft targets that a GPU keeps; a CPU maps them from the disk.
+
+    Whatever their form: it must not decide whether the teachers' frames are streamed, for then another form would ask for other teachers.
+    """
+    return 2 * settings.num_mels + INDEX_BYTES + (0 if torch.device(settings.device).type == "cpu" else STORED_BYTES)
 
 
 def train_networks(stage: str, folder: Path, settings: Settings, data: TrainingData, *, seeds: list[int], epochs: float, student: bool = False,

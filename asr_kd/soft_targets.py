@@ -159,7 +159,6 @@ class SoftTargetStore:
         temperature: that they were made at.
         form: "dense", "compact" or "sparse".
         bytes_per_frame: on disk.
-        num_frames: frames in the numbering.
 
     Raises:
         AsrKdError: unfinished or damaged store, targets made with something else, an utterance missing or of another length.
@@ -179,7 +178,6 @@ class SoftTargetStore:
 
     def _number(self, frames: NumberedFrames, on_device: bool) -> None:
         """Take on another numbering; `on_device` keeps all its records in memory from the first batch on."""
-        self.num_frames = int(frames.offsets[-1])
         self._offsets = np.asarray(frames.offsets, dtype=np.int64)
         self._utterance_shard, first_rows = _places(self._shards, self._shard_of, frames.utt_ids, self._offsets)
         self._shift = first_rows - self._offsets[:-1]  # (U,) from frame number to row of the shard
@@ -238,7 +236,6 @@ class OnTheFlyTargets:
     """
 
     def __init__(self, teachers: Teachers, frames: NumberedFrames, temperature: float, mean: Mean = "arithmetic") -> None:
-        self.num_frames = int(frames.offsets[-1])
         self.temperature = temperature
         self._teachers, self._windows, self._mean = teachers, frames.windows, mean
 

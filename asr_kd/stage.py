@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import time
@@ -23,6 +24,8 @@ from asr_kd.errors import AsrKdError
 
 RECORD = "record.json"
 STARTED = "started.json"
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -195,11 +198,22 @@ def _begin(folder: Path, wanted: dict[str, Any]) -> float:
     started = _read_if_whole(folder / STARTED)
     spent = float(started.pop("seconds", 0.0)) + _seconds_of_killed(folder) if started else 0.0
     if started != wanted:
+        if (earlier := _read_if_whole(folder / RECORD)) is not None:
+            log.info("%s: made anew, for %s", folder, _what_changed(earlier, wanted))
         remove_folder(folder)
         spent = 0.0
     (folder / RECORD).unlink(missing_ok=True)
     write_json(folder / STARTED, {**wanted, "seconds": spent})
     return spent
+
+
+def _what_changed(earlier: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """In what a finished stage differs from the one that is wanted, in words."""
+    changed = [] if earlier.get("version") == wanted["version"] else ["version"]
+    for part in ("settings", "inputs"):
+        before, now = earlier.get(part) or {}, wanted[part]
+        changed += sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    return f"{', '.join(changed)} changed" if changed else "files of it were lost"
 
 
 def _seconds_of_killed(folder: Path) -> float:

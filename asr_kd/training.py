@@ -71,7 +71,7 @@ class TrainingSettings:
         max_grad_norm: each member's gradient is scaled down to this norm.
         precision: "auto", "fp32" or "bf16" matrix products; weights and optimiser state are float32.
         hard_weight: of the distillation loss; unused without soft targets, which bring their temperature.
-        checkpoint_interval_s: at most this much work is lost when training is cut, or 20 times what it takes to write a checkpoint; 0:
+        checkpoint_interval_s: at most this much work and 100 steps are lost when training is cut, or 20 times what it takes to write a checkpoint; 0:
             one is written as often as the losses are looked at.
     """
 
@@ -193,7 +193,7 @@ class _Trainer:
         self.num_batches, done = sum(counts), 0
         if self.batch == self.num_batches:  # cut at the end of an epoch
             return
-        while counts[0] <= self.batch - done < self.num_batches:  # parts that were finished before a cut
+        while counts[0] <= self.batch - done:  # parts that were finished before a cut
             parts, done, counts = parts[1:], done + counts[0], counts[1:]
         for count, loaded in zip(counts, load_ahead([partial(self._load, part) for part in parts]), strict=True):
             if self.recent:  # looked at now, so that parts that are over are not kept in memory for a look that comes later

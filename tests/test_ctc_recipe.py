@@ -16,6 +16,7 @@ from speechbrain import Stage
 from speechbrain.dataio.batch import PaddedBatch
 
 from asr_kd.errors import AsrKdError
+from asr_kd.model import save_tensors
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "LibriSpeech" / "CTC"
@@ -121,6 +122,32 @@ def test_an_ensemble_is_the_mean_of_its_teachers_posteriors(recipe: ModuleType) 
 def test_a_teacher_that_was_not_trained(recipe: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(AsrKdError, match=r"no model\.safetensors in it; .* train the teacher first"):
         recipe.load_teachers(torch.nn.Linear(1, 1), [str(tmp_path)], "cpu")
+
+
+def test_a_teacher_of_another_form_or_a_damaged_one(recipe: ModuleType, tmp_path: Path) -> None:
+    save_tensors(tmp_path / "model.safetensors", torch.nn.Linear(2, 1).state_dict(), {})
+    with pytest.raises(AsrKdError, match=r"model\.safetensors: not the weights of a model of this run's form \(size mismatch .*\); .*one form"):
+        recipe.load_teachers(torch.nn.Linear(1, 1), [str(tmp_path)], "cpu")
+    (tmp_path / "model.safetensors").write_bytes(b"half")
+    with pytest.raises(AsrKdError, match=r"model\.safetensors: not the weights of a model"):
+        recipe.load_teachers(torch.nn.Linear(1, 1), [str(tmp_path)], "cpu")
+
+
+def test_a_model_is_not_continued_with_another_origin(recipe: ModuleType, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_tensors(tmp_path / name / "model.safetensors", torch.nn.Linear(1, 1).state_dict(), {})
+    hparams = {"output_folder": str(tmp_path / "student"), "teachers": [str(tmp_path / "a")], "seed": 1, "temperature": 2.0, "ctc_weight": 0.5}
+    recipe.check_origin(hparams)
+    recipe.check_origin(hparams)
+    for change, name in (({"teachers": [str(tmp_path / "b")]}, "teachers"), ({"temperature": 1.0, "seed": 2}, "seed, temperature")):
+        with pytest.raises(AsrKdError, match=rf"student: holds a model with other {name} than this run's; give another output_folder"):
+            recipe.check_origin(hparams | change)
+
+
+def test_an_untrained_model_is_not_left_as_a_trained_one(recipe: ModuleType, corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(AsrKdError, match="number_of_epochs: 0 and no teachers"):
+        run(recipe, corpus, tmp_path / "m", number_of_epochs=0)
+    assert not (tmp_path / "m" / recipe.WEIGHTS).exists()
 
 
 def test_a_character_outside_the_alphabet_is_named(recipe: ModuleType) -> None:

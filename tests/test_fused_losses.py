@@ -74,6 +74,7 @@ def forms(soft: Tensor) -> dict[str, Tensor | SparseTargets]:
         "dense float16": soft.half(),
         "dense with strides": soft.mT.contiguous().mT,
         "sparse": SparseTargets(unmasked, top),
+        "one class": SparseTargets(unmasked[..., :1], torch.ones_like(top[..., :1])),
         "repeated classes": SparseTargets(twice, top, torch.zeros_like(top[..., 0])),
         "tail": SparseTargets(indices, top, (1 - top.sum(-1)).clamp(min=0)),
         "tail of nothing": SparseTargets(indices.int(), top / top.sum(-1, keepdim=True), torch.zeros_like(top[..., 0])),
@@ -97,7 +98,7 @@ def assert_as_plain(logits: Tensor, *targets: Any, **settings: Any) -> None:
 class TestOnDevice:
     pytestmark = on_device
 
-    @pytest.mark.parametrize("form", ["dense", "dense float16", "dense with strides", "sparse", "repeated classes", "tail", "tail of nothing"])
+    @pytest.mark.parametrize("form", ["dense", "dense float16", "dense with strides", "sparse", "one class", "repeated classes", "tail", "tail of nothing"])
     def test_as_the_plain_form(self, kernels: Any, form: str) -> None:
         for temperature, dtype, labelled, kl in ((1.0, torch.float32, True, True), (2.0, torch.bfloat16, False, False), (0.7, torch.float16, True, True)):
             logits, soft, hard, length = case(dtype)
@@ -203,6 +204,7 @@ class TestOnDevice:
 @in_this_process
 def test_the_kernels_compile_for_gpus_without_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Types, masks and loops that the interpreter does not look at: Triton's compiler down to machine code."""
+    import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -210,13 +212,15 @@ def test_the_kernels_compile_for_gpus_without_one(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     pointers = {"index_ptr": "*i64", "tail_ptr": "*fp32", "hard_ptr": "*i64", "valid_ptr": "*i1"}
-    for dtype, present in (("*bf16", ("hard_ptr", "valid_ptr")), ("*fp16", tuple(pointers)), ("*fp32", ("index_ptr",))):
+    cases = (("*bf16", ("hard_ptr", "valid_ptr"), 63), ("*fp16", tuple(pointers), 63), ("*fp32", ("index_ptr",), 63), ("*bf16", ("index_ptr",), 1))
+    for dtype, present, listed in cases:
         for kernel, result, others in (
             (fused_losses._loss_kernel, {"loss_ptr": "*fp32"}, {"KL": True}),
             (fused_losses._gradient_kernel, {"gradient_ptr": dtype, "weights_ptr": "*fp32"}, {}),
         ):
             constants = {name: None for name in pointers if name not in present} | others
-            constants |= {"NUM_CLASSES": 14000, "NUM_LISTED": 63 if "index_ptr" in present else 0, "LISTED_BLOCK": 64, "BLOCK": 4096}
+            constants |= {"NUM_CLASSES": 14000, "NUM_LISTED": listed if "index_ptr" in present else 0, "LISTED_BLOCK": triton.next_power_of_2(listed)}
+            constants |= {"BLOCK": 4096}
             types = {"logits_ptr": dtype, "soft_ptr": "*fp32", "logits_stride": "i64", "soft_stride": "i64", "temperature": "fp32", "hard_weight": "fp32"}
             types |= result | pointers | dict.fromkeys(constants, "constexpr")
             source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, constants)

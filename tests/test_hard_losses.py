@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from asr_kd import hard_losses as module
-from asr_kd.hard_losses import count_correct, hard_losses
+from asr_kd.hard_losses import certain_losses, count_correct, hard_losses
 
 
 @settings(max_examples=25, deadline=None)
@@ -24,6 +24,18 @@ def test_losses_gradients_and_counts(members: int, frames: int, states: int, blo
     torch.testing.assert_close(losses, expected)
     torch.testing.assert_close(found, wanted)
     assert correct.tolist() == (logits.argmax(-1) == targets).sum(1).tolist() == count_correct(logits, targets).tolist()
+
+
+def test_other_devices_take_the_distillation_loss_of_certain_targets() -> None:
+    logits = torch.randn(3, 40, 30).mul_(5).requires_grad_()
+    targets, weights = torch.randint(30, (40,)), torch.arange(1.0, 4.0)
+    losses = certain_losses(logits, targets)
+    expected = torch.stack([torch.nn.functional.cross_entropy(member, targets) for member in logits])
+    torch.testing.assert_close(losses, expected)
+    (found,), (wanted,) = (torch.autograd.grad((own * weights).sum(), logits) for own in (losses, expected))
+    torch.testing.assert_close(found, wanted)
+    logits.data[1, 2, 0] = torch.nan
+    assert certain_losses(logits, targets).isfinite().tolist() == [True, False, True]
 
 
 def test_bfloat16_logits_have_float32_losses() -> None:

@@ -58,6 +58,17 @@ def test_changed_settings_or_inputs_start_from_nothing(tmp_path: Path, changed_s
     assert first.fingerprint != second.fingerprint
 
 
+def test_why_a_finished_stage_is_made_anew_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "asr_kd")
+    run_stage("s", tmp_path / "s", {"a": 1, "b": 2}, {"x": "1"}, Work())
+    assert not caplog.records
+    run_stage("s", tmp_path / "s", {"a": 1, "c": 2}, {"x": "2"}, Work())
+    (tmp_path / "s" / "a").unlink()
+    run_stage("s", tmp_path / "s", {"a": 1, "c": 2}, {"x": "2"}, Work())
+    assert [record.getMessage() for record in caplog.records] == [f"{tmp_path / 's'}: made anew, for b, c, x changed",
+                                                                  f"{tmp_path / 's'}: made anew, for files of it were lost"]
+
+
 def test_another_version_of_the_library_runs_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run_stage("toy", tmp_path / "s", {}, {}, Work())
     monkeypatch.setattr(module, "__version__", "0.0.other")

@@ -18,6 +18,7 @@ from typing import Any
 import speechbrain as sb
 import torch
 from hyperpyyaml import load_hyperpyyaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from speechbrain.decoders import ctc_greedy_decode
 from speechbrain.utils.distributed import run_on_main
@@ -28,6 +29,7 @@ from asr_kd.errors import AsrKdError
 from asr_kd.losses import average_teachers
 from asr_kd.manifest import Utterance, load_splits
 from asr_kd.model import save_tensors
+from asr_kd.stage import file_fingerprint, read_json, write_json
 
 WEIGHTS = "model.safetensors"
 
@@ -100,7 +102,11 @@ def load_teachers(model: nn.Module, folders: Sequence[str], device: str | torch.
         if not path.is_file():
             raise AsrKdError(f"teacher {folder}: no {WEIGHTS} in it; expected the output folder of a finished run; train the teacher first")
         teacher = copy.deepcopy(model)
-        teacher.load_state_dict(load_file(path))
+        try:
+            teacher.load_state_dict(load_file(path))
+        except (RuntimeError, SafetensorError) as error:
+            raise AsrKdError(f"{path}: not the weights of a model of this run's form ({str(error).split(chr(10))[-1].strip()}); teachers and student "
+                             "have one form: give the settings that the teacher was trained with, or train it again") from error
         teachers.append(teacher.eval().requires_grad_(False).to(device))
     return teachers
 
@@ -154,6 +160,17 @@ def load_data(hparams: dict[str, Any]) -> dict[str, sb.dataio.dataset.DynamicIte
     return {name: dataset(utterances, hparams["alphabet"], hparams["sample_rate"]) for name, utterances in splits.items()}
 
 
+def check_origin(hparams: dict[str, Any]) -> None:
+    """Note what a model learns from; `AsrKdError` where its folder holds one that learned from something else, which would be continued."""
+    path = Path(hparams["output_folder"]) / "origin.json"
+    origin = {"teachers": [file_fingerprint(Path(folder) / WEIGHTS) for folder in hparams["teachers"]],
+              **{name: hparams[name] for name in ("seed", "temperature", "ctc_weight")}}
+    if path.is_file() and (earlier := read_json(path)) != origin:
+        differing = [name for name in origin if earlier.get(name) != origin[name]]
+        raise AsrKdError(f"{path.parent}: holds a model with other {', '.join(differing)} than this run's; give another output_folder or remove it")
+    write_json(path, origin)
+
+
 def main(arguments: Sequence[str]) -> None:
     hparams_file, run_opts, overrides = sb.parse_arguments(arguments)
     sb.utils.distributed.ddp_init_group(run_opts)  # under torchrun
@@ -162,8 +179,12 @@ def main(arguments: Sequence[str]) -> None:
     sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
     data = load_data(hparams)
     ensemble = hparams["teachers"] and hparams["number_of_epochs"] == 0
+    if hparams["number_of_epochs"] == 0 and not ensemble:
+        raise AsrKdError("number_of_epochs: 0 and no teachers, expected teachers to score as an ensemble, or epochs to train a model")
     brain = (Ensemble if ensemble else CTC)(hparams["modules"], hparams["optimizer"], hparams, run_opts, hparams["checkpointer"])
     brain.hparams.teachers = load_teachers(hparams["model"], hparams["teachers"], brain.device)  # distillation
+    if not (ensemble or brain.debug):
+        run_on_main(check_origin, args=[hparams])
     brain.fit(hparams["epoch_counter"], data["train"], data["valid"], hparams["train_loader"], hparams["test_loader"])
     brain.evaluate(data["test"], min_key="CER", test_loader_kwargs=hparams["test_loader"])
     if ensemble or brain.debug:  # two batches of --debug make no model for others
