@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -103,8 +103,10 @@ def fetch_corpus(name: str, data_folder: Path | str, mirrors: Sequence[str] = MI
     folder = Path(data_folder)
     folder = folder.parent if folder.name == "LibriSpeech" else folder
     split = folder / "LibriSpeech" / name
+    if split.is_dir():
+        return split
     with _one_at_a_time(folder):
-        if not split.is_dir():
+        if not split.is_dir():  # nor did another run fetch it meanwhile
             archive = download([f"{mirror}/{number}/{name}.tar.gz" for mirror in mirrors], folder / f"{name}.tar.gz", checksum, retries)
             unpack(archive, folder)
             if not split.is_dir():
@@ -116,8 +118,9 @@ def fetch_corpus(name: str, data_folder: Path | str, mirrors: Sequence[str] = MI
 def fetch_resource(name: str, folder: Path | str, mirrors: Sequence[str] = MIRRORS, retries: Retries | None = None) -> Path:
     """Download a lexicon or language model of OpenSLR 11 into `folder`; return its path."""
     number, checksum = _known(name, RESOURCES, "file")
-    with _one_at_a_time(Path(folder)):
-        return download([f"{mirror}/{number}/{name}" for mirror in mirrors], Path(folder) / name, checksum, retries)
+    target = Path(folder) / name
+    with nullcontext() if target.is_file() else _one_at_a_time(target.parent):
+        return download([f"{mirror}/{number}/{name}" for mirror in mirrors], target, checksum, retries)
 
 
 def download(urls: Sequence[str], target: Path | str, checksum: str, retries: Retries | None = None) -> Path:

@@ -124,12 +124,12 @@ def _block_markdown(block: Block) -> str:
 
 
 def _cell_markdown(text: str) -> str:
-    """What others named (words, speakers, paths) must not be read as tags or emphasis.
+    r"""What others named (words, speakers, paths) must not be read as tags or emphasis.
 
-    >>> _cell_markdown("<noise> | a*b_c")
-    '\\\\<noise> \\\\| a\\\\*b\\\\_c'
+    >>> print(_cell_markdown("<noise> | a*b_c"))
+    \<noise> \| a\*b_c
     """
-    return re.sub(r"([\\`*_<|&])", r"\\\1", text)
+    return re.sub(r"([\\`*<|])", r"\\\1", text)
 
 
 def escape(text: str) -> str:
