@@ -9,7 +9,7 @@ What is still wrong is drawn from: of the states that the description gives too 
 are drawn with probability proportional to the error (as `asr_kd.sparse_targets` draws from the whole tail), all of one weight. With
 these added, the expectation is the distribution itself. An error without its correction would be the same in every epoch, and students learn
 it: with 64 directions of 8 bits each and no draws, they lost 0.34 % frame accuracy at T = 5, at a squared error per frame of 2e-5; a sample of the whole tail,
-without directions, lost 0.61 % by a noise of 1e-2. Here the noise is 1e-4 (recipes/LibriSpeech/README.md). Single entries may be negative; their sum is 1.
+without directions, lost 0.61 % by a noise of 1e-2. Here the noise is 1e-4 (recipes/LibriSpeech/experiments.md). Single entries may be negative; their sum is 1.
 
 How many coordinates have how many bits is found from a sample of frames. `python -m tests.benchmarks soft_targets` measures errors, and students'
 frame accuracy, on any corpus.

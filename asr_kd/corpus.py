@@ -107,10 +107,13 @@ def choose_tuning_speakers(utterances: Sequence[Utterance], share: float = 0.05)
     """The speakers with least speech, at least two, until they hold `share` of it: they cost training least.
 
     Raises:
-        AsrKdError: fewer than three speakers.
+        AsrKdError: fewer than three speakers, or a duration that is not known (0).
     """
     seconds: dict[str, float] = {}
     for utterance in utterances:
+        if not utterance.duration_s:
+            raise AsrKdError(f"{utterance.utt_id}: its duration is 0, expected seconds, to find the speakers with least speech; give durations in the manifest "
+                             "or choose tuning_speakers")
         seconds[utterance.spk_id] = seconds.get(utterance.spk_id, 0.0) + utterance.duration_s
     if len(seconds) < 3:
         raise AsrKdError(f"training splits hold {len(seconds)} speakers, expected 3 or more, as two are held out for tuning; "

@@ -173,7 +173,8 @@ def extract_features(utterances: Sequence[Utterance], folder: Path | str, option
                      device: torch.device | str = "cpu", speed: float = 1.0, num_jobs: int = 2) -> list[Exclusion]:
     """Write mean-normalised log-mel features as a `FrameStore` at `folder`, (N, num_mels) float16; return what was left out.
 
-    Left out, listed in `folder`/exclusions.csv too: audio that is missing, unreadable, without samples, or shorter than a window.
+    Left out, listed in `folder`/exclusions.csv too: audio that is missing, unreadable, without samples, of another length
+    than the manifest says, or shorter than a window.
     Memory use does not depend on the amount of speech. A cut-off run continues from its last shard when called again.
 
     Args:

@@ -177,7 +177,7 @@ def check_unique(utterances: Iterable[Utterance], where: str = "") -> None:
 
 def speech_files(split_folder: Path) -> list[Path]:
     """Transcripts and audio below a folder in the LibriSpeech layout, sorted; errors as `files_below`."""
-    return [path for path in files_below(split_folder) if path.name.endswith(TRANSCRIPTS) or path.suffix.lower() in AUDIO_SUFFIXES]
+    return [path for path in files_below(split_folder) if _is_speech(path)]
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -186,7 +186,7 @@ def files_below(folder: Path) -> list[Path]:
     Hidden files are those of file managers and file systems (`._x.trans.txt`, `.nfs...`), not of a corpus.
 
     Raises:
-        AsrKdError: a folder that cannot be read, or a name that is not UTF-8, which no manifest could hold.
+        AsrKdError: a folder that cannot be read, or a transcript or audio whose name is not UTF-8, which no manifest could hold.
     """
     def refuse(error: OSError) -> None:
         raise AsrKdError(f"{error.filename}: folder not readable ({error.strerror}); change its permissions or remove it") from error
@@ -196,9 +196,13 @@ def files_below(folder: Path) -> list[Path]:
         folders[:] = [name for name in folders if not name.startswith(".") and not Path(root).resolve().is_relative_to(Path(root, name).resolve())]
         files += [Path(root, name) for name in names if not name.startswith(".")]
     for path in files:
-        if not _is_utf8(str(path)):
+        if _is_speech(path) and not _is_utf8(str(path)):
             raise AsrKdError(f"{os.fsencode(path)!r}: the name is not UTF-8; rename the file or its folder")
     return sorted(files)
+
+
+def _is_speech(path: Path) -> bool:
+    return path.name.endswith(TRANSCRIPTS) or path.suffix.lower() in AUDIO_SUFFIXES
 
 
 def _is_utf8(name: str) -> bool:

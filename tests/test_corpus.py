@@ -53,6 +53,16 @@ def test_audio_of_a_csv_manifest_that_is_repaired_or_replaced_is_noticed(tmp_pat
     assert [len({corpus.fingerprints[split] for corpus in (first, repaired, replaced, touched)}) for split in ("train", "dev")] == [2, 3]
 
 
+def test_speakers_with_least_speech_cannot_be_chosen_by_unknown_durations(tmp_path: Path) -> None:
+    make_manifests(tmp_path)
+    manifest = tmp_path / "train.csv"
+    manifest.write_text(manifest.read_text().replace("train-c,0.1", "train-c,0"))
+    with pytest.raises(AsrKdError, match=r"train-c: its duration is 0, .* give durations in the manifest or choose tuning_speakers"):
+        prepare_corpus(settings_of(tmp_path), tmp_path)
+    chosen = prepare_corpus(replace(settings_of(tmp_path), tuning_speakers=["c"]), tmp_path)[0]
+    assert chosen.tuning == ["train-c"]
+
+
 def make_folders(folder: Path) -> None:
     for split, speakers in (("train", "abce"), ("dev", "d")):
         for spk in speakers:

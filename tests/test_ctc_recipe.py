@@ -136,12 +136,27 @@ def test_a_teacher_of_another_form_or_a_damaged_one(recipe: ModuleType, tmp_path
 def test_a_model_is_not_continued_with_another_origin(recipe: ModuleType, tmp_path: Path) -> None:
     for name in ("a", "b"):
         save_tensors(tmp_path / name / "model.safetensors", torch.nn.Linear(1, 1).state_dict(), {})
-    hparams = {"output_folder": str(tmp_path / "student"), "teachers": [str(tmp_path / "a")], "seed": 1, "temperature": 2.0, "ctc_weight": 0.5}
-    recipe.check_origin(hparams)
-    recipe.check_origin(hparams)
+    student = tmp_path / "student"
+    hparams = {"output_folder": str(student), "save_folder": str(student / "save"), "teachers": [str(tmp_path / "a")], "seed": 1, "temperature": 2.0,
+               "ctc_weight": 0.5}
+    recipe.note_origin(hparams | {"seed": 7})  # a run that was cut before it had a model
+    recipe.note_origin(hparams)
+    (student / "save" / "CKPT+1").mkdir(parents=True)
+    recipe.note_origin(hparams)
     for change, name in (({"teachers": [str(tmp_path / "b")]}, "teachers"), ({"temperature": 1.0, "seed": 2}, "seed, temperature")):
-        with pytest.raises(AsrKdError, match=rf"student: holds a model with other {name} than this run's; give another output_folder"):
-            recipe.check_origin(hparams | change)
+        with pytest.raises(AsrKdError, match=rf"student: holds a model with other {name}, expected one of this run's to continue; give another output_folder"):
+            recipe.note_origin(hparams | change)
+    (student / "origin.json").unlink()
+    with pytest.raises(AsrKdError, match="holds a model with unknown teachers, seed, temperature, ctc_weight"):
+        recipe.note_origin(hparams)
+
+
+def test_a_refused_run_leaves_the_folder_as_it_was(recipe: ModuleType, corpus: Path, tmp_path: Path) -> None:
+    save_tensors(tmp_path / "model.safetensors", torch.nn.Linear(1, 1).state_dict(), {})
+    (tmp_path / "hyperparams.yaml").write_text("of the model")
+    with pytest.raises(AsrKdError, match="unknown teachers"):
+        run(recipe, corpus, tmp_path)
+    assert (tmp_path / "hyperparams.yaml").read_text() == "of the model"
 
 
 def test_an_untrained_model_is_not_left_as_a_trained_one(recipe: ModuleType, corpus: Path, tmp_path: Path) -> None:

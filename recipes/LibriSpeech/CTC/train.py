@@ -97,10 +97,7 @@ def teacher_posteriors(teachers: Sequence[nn.Module], features: Tensor, temperat
 def load_teachers(model: nn.Module, folders: Sequence[str], device: str | torch.device) -> list[nn.Module]:
     """Models of the same form as `model` with the weights that earlier runs left in `folders`."""
     teachers = []
-    for folder in folders:
-        path = Path(folder) / WEIGHTS
-        if not path.is_file():
-            raise AsrKdError(f"teacher {folder}: no {WEIGHTS} in it; expected the output folder of a finished run; train the teacher first")
+    for path in map(weights_of, folders):
         teacher = copy.deepcopy(model)
         try:
             teacher.load_state_dict(load_file(path))
@@ -109,6 +106,14 @@ def load_teachers(model: nn.Module, folders: Sequence[str], device: str | torch.
                              "have one form: give the settings that the teacher was trained with, or train it again") from error
         teachers.append(teacher.eval().requires_grad_(False).to(device))
     return teachers
+
+
+def weights_of(folder: str) -> Path:
+    """The file with a teacher's weights."""
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        raise AsrKdError(f"teacher {folder}: no {WEIGHTS} in it; expected the output folder of a finished run; train the teacher first")
+    return path
 
 
 def dataset(utterances: Sequence[Utterance], alphabet: str, sample_rate: int) -> sb.dataio.dataset.DynamicItemDataset:
@@ -160,14 +165,19 @@ def load_data(hparams: dict[str, Any]) -> dict[str, sb.dataio.dataset.DynamicIte
     return {name: dataset(utterances, hparams["alphabet"], hparams["sample_rate"]) for name, utterances in splits.items()}
 
 
-def check_origin(hparams: dict[str, Any]) -> None:
+def note_origin(hparams: dict[str, Any]) -> None:
     """Note what a model learns from; `AsrKdError` where its folder holds one that learned from something else, which would be continued."""
-    path = Path(hparams["output_folder"]) / "origin.json"
-    origin = {"teachers": [file_fingerprint(Path(folder) / WEIGHTS) for folder in hparams["teachers"]],
+    folder = Path(hparams["output_folder"])
+    path = folder / "origin.json"
+    origin = {"teachers": [file_fingerprint(weights_of(teacher)) for teacher in hparams["teachers"]],
               **{name: hparams[name] for name in ("seed", "temperature", "ctc_weight")}}
-    if path.is_file() and (earlier := read_json(path)) != origin:
+    if (folder / WEIGHTS).exists() or any(Path(hparams["save_folder"]).glob("CKPT*")):
+        earlier = read_json(path) if path.is_file() else {}
         differing = [name for name in origin if earlier.get(name) != origin[name]]
-        raise AsrKdError(f"{path.parent}: holds a model with other {', '.join(differing)} than this run's; give another output_folder or remove it")
+        if differing:
+            kind = "other" if earlier else "unknown"
+            raise AsrKdError(f"{folder}: holds a model with {kind} {', '.join(differing)}, expected one of this run's to continue; "
+                             "give another output_folder or remove it")
     write_json(path, origin)
 
 
@@ -176,15 +186,15 @@ def main(arguments: Sequence[str]) -> None:
     sb.utils.distributed.ddp_init_group(run_opts)  # under torchrun
     with open(hparams_file, encoding="utf-8") as file:
         hparams = load_hyperpyyaml(file, overrides)
-    sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
-    data = load_data(hparams)
     ensemble = hparams["teachers"] and hparams["number_of_epochs"] == 0
     if hparams["number_of_epochs"] == 0 and not ensemble:
         raise AsrKdError("number_of_epochs: 0 and no teachers, expected teachers to score as an ensemble, or epochs to train a model")
+    if not (ensemble or run_opts.get("debug")):
+        run_on_main(note_origin, args=[hparams])
+    sb.create_experiment_directory(hparams["output_folder"], hparams_file, overrides)
+    data = load_data(hparams)
     brain = (Ensemble if ensemble else CTC)(hparams["modules"], hparams["optimizer"], hparams, run_opts, hparams["checkpointer"])
     brain.hparams.teachers = load_teachers(hparams["model"], hparams["teachers"], brain.device)  # distillation
-    if not (ensemble or brain.debug):
-        run_on_main(check_origin, args=[hparams])
     brain.fit(hparams["epoch_counter"], data["train"], data["valid"], hparams["train_loader"], hparams["test_loader"])
     brain.evaluate(data["test"], min_key="CER", test_loader_kwargs=hparams["test_loader"])
     if ensemble or brain.debug:  # two batches of --debug make no model for others
