@@ -73,10 +73,8 @@ def make_results(settings: Settings, corpus: Corpus, targets: Targets, windows: 
     results: dict[str, Any] = {"splits": {}, "errors": {}, "calibration": {}}
     for split, own in windows.items():
         results["splits"][split], results["errors"][split], results["calibration"][split] = _score_split(split, own, corpus, targets, systems, settings.seed)
-    trained = read_json(settings.output / "teachers" / "training.json")["heldout_accuracy"]
-    numbers = [k + 1 for k, accuracy in enumerate(trained) if accuracy >= 0]  # the others diverged at once and are not among the members
     for rows in results["splits"].values():
-        rows["members"] = [{"number": number, **row} for number, row in zip(numbers, rows["members"], strict=True)]
+        rows["members"] = [{"number": number, **row} for number, row in zip(_member_numbers(settings), rows["members"], strict=True)]
     return results | {
         "decoding": asdict(recogniser.decoding),
         "curves": {name: _curves(settings.output / folder) for name, folder in (("teachers", "teachers"), ("distilled", "student"), ("control", "control"))},
@@ -128,6 +126,12 @@ def _score_split(split: str, windows: Windows, corpus: Corpus, targets: Targets,
     if calibration:
         calibration = {"baseline": _mean_calibration([member.quality for member in members if member.quality]), **calibration}
     return rows, errors, calibration
+
+
+def _member_numbers(settings: Settings) -> list[int]:
+    """Numbers, from 1, of the teachers that are members: those that diverged before they were ever evaluated were left out."""
+    trained = read_json(settings.output / "teachers" / "training.json")["heldout_accuracy"]
+    return [number for number, accuracy in enumerate(trained, start=1) if accuracy >= 0]
 
 
 def _references(windows: Windows, corpus: Corpus) -> dict[str, tuple[str, ...]]:

@@ -104,6 +104,11 @@ def test_soft_targets_of_an_earlier_layout_are_made_again(data: TrainingData, tm
     assert prints() != now
 
 
+def test_members_have_the_numbers_that_they_were_trained_with(tmp_path: Path) -> None:
+    write_json(tmp_path / "teachers" / "training.json", {"diverged": {"1": 7}, "heldout_accuracy": [0.5, -1.0, 0.4]})
+    assert results._member_numbers(make_settings(TINY | {"output_folder": str(tmp_path)})) == [1, 3]
+
+
 def test_the_report_counts_each_utterance_left_out_once_and_by_kind(tmp_path: Path) -> None:
     reasons = {"manifests/train.exclusions.csv": ["no transcript for /my data/a.flac", "no transcript for /my data/b.flac"],
                "features/train/exclusions.csv": [f"{place}: no samples; replace the file" for place in ("/my data/c.flac", "d.wav/d")],
