@@ -231,6 +231,10 @@ def test_a_split_of_ones_own_below_the_librispeech_folder_is_not_downloaded(tmp_
     (tmp_path / "LibriSpeech" / "mine").mkdir(parents=True)
     settings: Any = SimpleNamespace(data_folder=tmp_path, train_splits=["mine"], dev_splits=[], test_splits=[], lexicon=[], lm=None)
     fetch_librispeech(settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["LibriSpeech"]
+    settings.dev_splits = ["theirs"]
+    with pytest.raises(AsrKdError, match="theirs: no split of this name to download"):
+        fetch_librispeech(settings)
 
 
 def test_settings_name_what_is_fetched(server: Behaviour, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
