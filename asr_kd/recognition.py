@@ -64,8 +64,8 @@ def tune_decoding(settings: Settings, graph: Record, hmm: HmmModel, network: Ens
     """
     chosen = windows.utt_ids[::max(1, -(-len(windows.utt_ids) // settings.tuning_utterances))]
     words = corpus.words
-    middle = sorted(settings.acoustic_scales)[len(settings.acoustic_scales) // 2]
-    start = DecodeSettings(acoustic_scale=middle, beam=settings.beam, max_active=settings.max_active)
+    scale, penalty = (sorted(values)[len(values) // 2] for values in (settings.acoustic_scales, settings.word_insertion_penalties))
+    start = DecodeSettings(scale, penalty, settings.beam, settings.max_active)
 
     def work(folder: Path) -> None:
         candidates = {"acoustic_scale": settings.acoustic_scales, "word_insertion_penalty": settings.word_insertion_penalties}
