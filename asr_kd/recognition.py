@@ -64,7 +64,8 @@ def tune_decoding(settings: Settings, graph: Record, hmm: HmmModel, network: Ens
     """
     chosen = windows.utt_ids[::max(1, -(-len(windows.utt_ids) // settings.tuning_utterances))]
     words = corpus.words
-    start = DecodeSettings(_middle(settings.acoustic_scales), _middle(settings.word_insertion_penalties), settings.beam, settings.max_active)
+    middle = sorted(settings.acoustic_scales)[len(settings.acoustic_scales) // 2]
+    start = DecodeSettings(acoustic_scale=middle, beam=settings.beam, max_active=settings.max_active)
 
     def work(folder: Path) -> None:
         candidates = {"acoustic_scale": settings.acoustic_scales, "word_insertion_penalty": settings.word_insertion_penalties}
@@ -79,11 +80,6 @@ def tune_decoding(settings: Settings, graph: Record, hmm: HmmModel, network: Ens
     decoding = DecodeSettings(**read_json(folder / "tuning.json")["chosen"])
     log.info("tuning: acoustic scale %g, word insertion penalty %g", decoding.acoustic_scale, decoding.word_insertion_penalty)
     return Recogniser(settings.output / "graph", hmm, decoding, settings.num_jobs, record.fingerprint), record
-
-
-def _middle(values: Sequence[float]) -> float:
-    """The one in the middle when sorted, of two the larger: where the search among them starts."""
-    return sorted(values)[len(values) // 2]
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ TINY = {
     "synthetic_minutes": "{train: 3, dev: 0.4, test: 0.4}", "dev_splits": "[dev]", "num_states": "150", "num_gaussians": "300", "mono_passes": "6",
     "tri_passes": "2", "speaker_adaptation": "false", "network_realignments": "1", "speeds": "[0.9, 1.0]", "lm_order": "2", "beam": "9",
     "num_teachers": "3", "hidden_layers": "2", "hidden_units": "96", "teacher_epochs": "2", "student_epochs": "3", "batch_frames": "256",
-    "acoustic_scales": "[0.1, 0.2]", "word_insertion_penalties": "[0.5, 0.0]", "tuning_utterances": "8", "decoded_members": "2", "precision": "fp32",
+    "acoustic_scales": "[0.1, 0.2]", "word_insertion_penalties": "[0.0]", "tuning_utterances": "8", "decoded_members": "2", "precision": "fp32",
     "num_jobs": "1",
 }  # fmt: skip
 
@@ -123,11 +123,6 @@ def test_frame_accuracy_by_the_slow_way(finished: Path) -> None:
     calibration = read_json(finished / "results.json")["calibration"]["test"]["baseline"]
     assert calibration["nll"] == pytest.approx(nll / frames, rel=1e-4)
     assert calibration["ece"] == pytest.approx(np.abs(sure - right).sum() / frames / 3, abs=2e-4)
-
-
-def test_search_for_scales_starts_in_the_middle(finished: Path) -> None:
-    first = read_json(finished / "tuning" / "tuning.json")["tried"][0]
-    assert (first["acoustic_scale"], first["word_insertion_penalty"]) == (0.2, 0.5)
 
 
 def test_tuning_speakers_are_in_no_training(finished: Path) -> None:
