@@ -45,7 +45,7 @@ def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str] |
     except BrokenPipeError:  # `asr-kd ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (OSError, MemoryError, RuntimeError) as error:
+    except (ImportError, OSError, MemoryError, RuntimeError) as error:
         advice = _advice(error)
         if debug or advice is None:
             raise
@@ -57,6 +57,8 @@ def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str] |
 def _advice(error: Exception) -> str | None:
     """One line for a file or a machine that does not serve; None for what is a mistake of the program."""
     reason = (str(error) or "exhausted").splitlines()[0]
+    if isinstance(error, ImportError) or "undefined symbol" in reason or "Could not load this library" in reason:  # the last two are torch's OSError
+        return f"{reason}; the installed packages do not fit together: install asr_kd into a fresh environment"
     if isinstance(error, OSError):
         return f"{error.filename or 'a file'}: {error.strerror or reason}; check the path, its permissions and free space"
     if isinstance(error, MemoryError) or "out of memory" in reason or "can't allocate memory" in reason:  # torch raises RuntimeError

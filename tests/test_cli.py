@@ -88,6 +88,10 @@ def test_debug_shows_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(("error", "line"), [
     (PermissionError(13, "Permission denied", "out/record.json"), "out/record.json: Permission denied; check the path, its permissions and free space"),
     (OSError(28, "No space left on device"), "a file: No space left on device; check the path, its permissions and free space"),
+    (OSError("Could not load this library: /lib/torchaudio.so"),
+     "Could not load this library: /lib/torchaudio.so; the installed packages do not fit together: install asr_kd into a fresh environment"),
+    (ModuleNotFoundError("No module named 'kaldifst'"),
+     "No module named 'kaldifst'; the installed packages do not fit together: install asr_kd into a fresh environment"),
     (MemoryError("no 9 GiB"), "memory: no 9 GiB; lower batch_frames, hidden_units or num_teachers, or prune the language model"),
     (MemoryError(), "memory: exhausted; lower batch_frames, hidden_units or num_teachers, or prune the language model"),
     (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore"),
