@@ -154,12 +154,11 @@ def test_alignment_by_two_processes_is_that_of_one(tmp_path: Path) -> None:
     np.testing.assert_array_equal(Aligner.load(tmp_path / "aligner").hmm.state_table, alone.hmm.state_table)
     histories = [json.loads((tmp_path / folder / "latest.json").read_text())["history"] for folder in ("passes", "alone")]
     for two, one in zip(*histories, strict=True):
-        # 22 states give 21 directions of LDA that mean something: the other 19 are any, and what follows differs a little
-        before_lda = one["pass"].startswith(("mono", "tri"))
-        assert two["log_likelihood_per_frame"] == pytest.approx(one["log_likelihood_per_frame"], rel=1e-6 if before_lda else 5e-3), one["pass"]
+        tolerance = 5e-4 if one["pass"].startswith("sat") else 1e-6  # speakers' transforms amplify rounding
+        assert two["log_likelihood_per_frame"] == pytest.approx(one["log_likelihood_per_frame"], rel=tolerance), one["pass"]
     one, two = FrameStore(tmp_path / "aligned_alone"), FrameStore(tmp_path / "aligned")
     assert one.utt_ids == two.utt_ids
-    assert np.mean(one.frames == two.frames) > 0.98
+    assert np.mean(one.frames == two.frames) > 0.99
     notes = json.loads((tmp_path / "passes" / "latest.json").read_text())
     state = load_state(tmp_path / "passes", notes["identity"], words)
     assert state is not None

@@ -297,7 +297,7 @@ class _Trainer:
         return replace(model, projection=model.projection @ matrix.T, mixtures=replace(model.mixtures, means=model.mixtures.means @ matrix.T))
 
     def discriminate(self, hmm: HmmModel, codes: Mapping[str, NDArray[np.int32]]) -> Tensor:
-        """LDA of spliced cepstra with the tied speech states as classes."""
+        """LDA of spliced cepstra with the tied speech states as classes; C classes have C - 1 directions, and any others would be chance."""
         frontend = replace(self.frontend, device=CPU)
 
         def work(chunk: list[str]) -> tuple[NDArray[np.float64], ...]:
@@ -318,7 +318,8 @@ class _Trainer:
         mean = sums.sum(0) / total
         means = sums / np.maximum(counts, 1)[:, None]
         between = (means * counts[:, None]).T @ means / total - np.outer(mean, mean)
-        return from_first_process(lda(second / total - np.outer(mean, mean) - between, between, LDA_DIM))
+        num_directions = min(LDA_DIM, max(1, int((counts > 0).sum()) - 1))
+        return from_first_process(lda(second / total - np.outer(mean, mean) - between, between, num_directions))
 
     def context_statistics(self, frontend: Frontend, codes: Mapping[str, NDArray[np.int32]]) -> ContextStatistics:
         """Moments of the frames of every state in context."""
