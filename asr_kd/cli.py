@@ -55,7 +55,7 @@ def guarded(command: Callable[[Sequence[str]], None], arguments: Sequence[str] |
 
 
 def _advice(error: Exception) -> str | None:
-    """One line for a file or a machine that does not serve; None for what is a mistake of the program."""
+    """One line for a file, a machine or an installation that does not serve; None for what is a mistake of the program."""
     reason = (str(error) or "exhausted").splitlines()[0]
     if isinstance(error, ImportError) or "undefined symbol" in reason or "Could not load this library" in reason:  # the last two are torch's OSError
         return f"{reason}; the installed packages do not fit together: install asr_kd into a fresh environment"

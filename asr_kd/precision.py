@@ -36,7 +36,7 @@ def choose_precision(requested: str, device: torch.device, shape: tuple[int, int
     """Give "fp32" or "bf16" for a requested "auto", "fp32" or "bf16".
 
     "auto" measures both on this device with the network's own shape (K, N, in, out): bfloat16 is six times as fast as
-    float32 on a CPU with AMX, twice as fast on one with AVX-512's bfloat16 instructions, and slower on one without.
+    float32 on a CPU with AMX, two to four times as fast on one with AVX-512's bfloat16 instructions, and slower on one without.
 
     Raises:
         AsrKdError: unknown name.
