@@ -16,6 +16,8 @@ from asr_kd.errors import AsrKdError
 
 MIN_SAMPLE_RATE = 1000
 """Hz; a header with less is damaged."""
+UNKNOWN_LENGTH = 2**40
+"""Samples; libsndfile gives a number far above this where a header does not say how many there are."""
 _UNREADABLE = (OSError, TypeError, ValueError, soundfile.SoundFileError)  # TypeError: headerless audio, .raw
 
 
@@ -77,6 +79,8 @@ def _resampler(from_rate: int, to_rate: int) -> torch.nn.Module:
 
 
 def _check_header(path: Path | str, num_samples: int, sample_rate: int) -> None:
+    if num_samples >= UNKNOWN_LENGTH:
+        raise AsrKdError(f"{path}: its header does not say how many samples it holds, as when it was written into a pipe; write it anew to a file")
     if num_samples <= 0:
         raise AsrKdError(f"{path}: no samples; replace the file or leave the utterance out")
     if sample_rate < MIN_SAMPLE_RATE:
@@ -86,5 +90,11 @@ def _check_header(path: Path | str, num_samples: int, sample_rate: int) -> None:
 def _unreadable(path: Path | str, error: Exception) -> AsrKdError:
     if not Path(path).is_file():
         return AsrKdError(f"{path}: no such audio file; check the path")
+    try:
+        _check_header(path, (header := soundfile.info(str(path))).frames, header.samplerate)
+    except AsrKdError as cause:
+        return cause
+    except _UNREADABLE:
+        pass
     reason = str(error).split(": ", 1)[-1].rstrip(". ")
     return AsrKdError(f"{path}: not readable as audio ({reason}); replace the file or leave the utterance out")

@@ -27,6 +27,7 @@ _COUNTS = struct.Struct("<iiQqqq")  # version, flags, properties, start, states,
 _HEADER_BYTES = 4 + len(_TYPES) + _COUNTS.size
 MAX_ARCS = 2**32 - 1
 _CHUNK = 1 << 20
+_LONGEST_WITHOUT_INPUT = 1000
 
 
 @dataclass(frozen=True)
@@ -63,20 +64,42 @@ def check_const_fst(path: Path | str, num_inputs: int, num_outputs: int) -> None
         num_inputs, num_outputs: labels, 0 included, must lie below these.
 
     Raises:
-        AsrKdError: a label, state or place of arcs that is out of range; and as `map_const_fst`.
+        AsrKdError: a label, state, place of arcs or weight that is out of range, or a path without input labels that has no end; and as `map_const_fst`.
     """
     graph = map_const_fst(path)
     num_states, num_arcs = len(graph.states), len(graph.arcs)
     fine = 0 <= graph.start < num_states
+    num_done = 0
+    without_input: list[NDArray[np.int64]] = []  # (2, n): states that arcs of label 0 lead from and to
     for begin in range(0, num_states, _CHUNK):
         states = graph.states[begin:begin + _CHUNK]
-        fine &= bool((states["first_arc"].astype(np.int64) + states["num_arcs"] <= num_arcs).all())
-    for begin in range(0, num_arcs, _CHUNK):
-        arcs = graph.arcs[begin:begin + _CHUNK]
+        ends = num_done + np.cumsum(states["num_arcs"], dtype=np.int64)
+        fine &= bool((states["first_arc"] == ends - states["num_arcs"]).all() and ends[-1] <= num_arcs and (states["final"] > -np.inf).all())
+        if not fine:
+            break
+        arcs = graph.arcs[num_done:ends[-1]]
+        num_done = int(ends[-1])
         for name, limit in (("ilabel", num_inputs), ("olabel", num_outputs), ("next_state", num_states)):
             fine &= bool(((arcs[name] >= 0) & (arcs[name] < limit)).all())
-    if not fine:
-        raise AsrKdError(f"{path}: labels or states out of range; remove it and run the graph stage again")
+        fine &= bool(np.isfinite(arcs["weight"]).all())
+        sources = np.repeat(np.arange(begin, begin + len(states)), states["num_arcs"])
+        without_input.append(np.stack([sources, arcs["next_state"]])[:, arcs["ilabel"] == 0])
+    if not fine or num_done != num_arcs:
+        raise AsrKdError(f"{path}: labels, states or weights out of range; remove it and run the graph stage again")
+    if not _ends(np.concatenate(without_input, 1), num_states):
+        raise AsrKdError(f"{path}: a path without input labels has more than {_LONGEST_WITHOUT_INPUT} arcs, which a search may follow for ever; "
+                         "remove it and run the graph stage again")
+
+
+def _ends(arcs: NDArray[np.int64], num_states: int) -> bool:
+    """Whether no path along arcs (2, A), from and to states, is longer than `_LONGEST_WITHOUT_INPUT`: those that no arc leads to are taken away in turn."""
+    for _ in range(_LONGEST_WITHOUT_INPUT):
+        if not arcs.size:
+            return True
+        is_entered = np.zeros(num_states, bool)
+        is_entered[arcs[1]] = True
+        arcs = arcs[:, is_entered[arcs[0]]]
+    return not arcs.size
 
 
 def _read_header(path: Path) -> tuple[int, int, int]:

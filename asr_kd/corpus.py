@@ -144,6 +144,8 @@ def prepare_text(settings: Settings, corpus: Corpus, lexicon_paths: Sequence[Pat
         sentences = _sentences(corpus, lm_text) if arpa is None else []
         lm_words = set(read_vocabulary(arpa)) if arpa is not None else {word for sentence in sentences for word in sentence}
         lexicon = read_lexicon(lexicon_paths, settings.strip_stress)
+        for name, spoken in corpus.splits.items():  # each by itself: in a small split another case would not be noticed among the words of all
+            lexicon.check_case({word for utterance in spoken for word in utterance.words}, f"the transcripts of {name}")
         extended, generated, exclusions = complete_lexicon(lexicon, utterances, settings.unknown_words == "g2p", lm_words)
         if not any(word in extended for word in lm_words):
             raise AsrKdError(f"{arpa or lm_text or 'training transcripts'}: none of the {len(lm_words)} words (such as {min(lm_words, default='')!r}) is among "

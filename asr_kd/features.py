@@ -233,7 +233,11 @@ def _raw_shard(utterances: list[Utterance], folder: Path, prefix: str, options: 
                 else:
                     usable.append((utterance, waveform))
             for (utterance, _), log_mel in zip(usable, fbank([waveform for _, waveform in usable], options, device), strict=True):
-                writer.append(prefix + utterance.utt_id, log_mel.cpu().numpy())
+                frames = log_mel.cpu().numpy()
+                if np.isfinite(frames).all():
+                    writer.append(prefix + utterance.utt_id, frames)
+                else:
+                    exclusions.append((prefix + utterance.utt_id, f"{utterance.wav}: samples too large, its features are infinite"))
             tell(sum(utterance.duration_s for utterance in batch))
     return FrameStore(folder)
 

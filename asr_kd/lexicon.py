@@ -229,6 +229,9 @@ def _phones(path: Path, entry: _Entry, skip: int, strip_stress: bool) -> Pronunc
     if not phones:
         raise AsrKdError(f"{where} has no phones, expected 'WORD P1 P2 ...'; add its pronunciation or remove the line")
     if PROBABILITY.fullmatch(phones[0]) and not phones[0].isdigit():  # "1" is a phone in X-SAMPA
+        if skip:
+            raise AsrKdError(f"{where} has more than one number before its phones, expected one probability or none; "
+                             "give lexicon.txt or lexiconp.txt, not lexiconp_silprob.txt")
         raise AsrKdError(f"{where} has {phones[0]!r} for its first phone, a probability that other lines lack; give all lines one or none")
     if SILENCE_PHONE in phones and len(phones) > 1:
         raise AsrKdError(f"{where} has the silence phone {SILENCE_PHONE} among others, expected phones of speech; remove it")

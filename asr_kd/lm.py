@@ -30,6 +30,7 @@ _MAX_LOG10 = 1e-6  # rounding may leave a probability this little above 1
 _LARGEST = 1e30  # finite in single precision too
 _NUMBER = "0123456789+-.eE"
 _RESERVED = frozenset({"<eps>", "#0"})  # the graph gives these a meaning of its own
+GZIP = b"\x1f\x8b"  # how its files begin
 _COUNT = re.compile(r"ngram\s+([1-9][0-9]*)\s*=\s*([0-9]+)")
 
 Ngram = tuple[str, ...]
@@ -220,6 +221,9 @@ def _count_ngrams(sentences: Iterable[Sequence[str]], order: int) -> list[Counte
         if BEGIN in sentence or END in sentence:
             raise AsrKdError(f"language model: sentence {number} holds a sentence mark ({' '.join(sentence)[:60]}), expected words only; "
                              f"remove {BEGIN} and {END}")
+        if not _RESERVED.isdisjoint(sentence) or any("\0" in word for word in sentence):
+            raise AsrKdError(f"language model: sentence {number} is {' '.join(sentence)[:60]!r}, expected words, not the reserved "
+                             f"{' or '.join(sorted(_RESERVED))} or a zero byte; remove it")
         tokens = (BEGIN, *sentence, END)
         for length in range(1, order + 1):
             counts[length - 1].update(zip(*(tokens[start:] for start in range(length)), strict=False))
@@ -329,13 +333,15 @@ def _open_text(path: Path, mode: Literal["r", "w"], packed: bool) -> TextIO:
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered, stripped lines of a text or .gz file, with composed accents (NFC).
+    """Numbered, stripped lines of a file of text, gzipped or not, with composed accents (NFC).
 
     Raises:
         AsrKdError: the file cannot be read, is cut off or is not UTF-8.
     """
     try:
-        with _open_text(path, "r", path.suffix == ".gz") as file:
+        with open(path, "rb") as beginning:
+            packed = beginning.read(2) == GZIP
+        with _open_text(path, "r", packed or path.suffix == ".gz") as file:
             for number, line in enumerate(file, start=1):
                 yield number, unicodedata.normalize("NFC", line.strip())
     except (EOFError, zlib.error) as error:

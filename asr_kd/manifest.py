@@ -151,6 +151,10 @@ def read_manifest(path: Path | str, data_root: Path | str | None = None) -> list
     if {"start", "stop"} & {column.lower() for column in columns}:
         raise AsrKdError(f"{path}: columns start, stop say where utterances lie within recordings, expected one file for each utterance; "
                          "cut the recordings, or remove the columns if they hold nothing else than whole files")
+    for line, row in rows:
+        if any("\n" in cell for cell in row.values() if isinstance(cell, str)):
+            raise AsrKdError(f"{path} line {line}: the row of {row['ID']} that ends here holds an end of line within quotation marks, expected one row "
+                             "per line; close the quotation mark, or double it where it is part of the text")
     utterances = [_from_row(path, line, row, data_root) for line, row in rows]
     check_unique(utterances, where=f"{path}: ")
     return utterances

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from asr_kd.cli import guarded
 from asr_kd.download import CORPORA, fetch_corpus
+from asr_kd.errors import AsrKdError
 from asr_kd.manifest import load_split, write_exclusions, write_manifest
 
 
@@ -23,6 +24,9 @@ def main(words: Sequence[str]) -> None:
     parser.add_argument("--manifests", type=Path, default=Path("manifests"), help="where to write (default: %(default)s)")
     parser.add_argument("--download", action="store_true", help="fetch splits of OpenSLR 12 and 31 that are not there")
     arguments = parser.parse_args(words)
+    for split in arguments.splits:
+        if Path(split).name != split or split.endswith(".csv"):
+            raise AsrKdError(f"splits: got {split!r}, expected the name of a folder below {arguments.data_folder}; give the folder around it as data_folder")
     for split in arguments.splits:
         if arguments.download and not (arguments.data_folder / split).is_dir():
             fetch_corpus(split, arguments.data_folder)

@@ -91,6 +91,17 @@ def test_what_cannot_be_used_is_an_error_that_names_the_file(tmp_path: Path) -> 
         read_audio(tmp_path / "nan.wav")
 
 
+def test_flac_without_its_number_of_samples_is_an_error(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.flac", np.zeros(1600), 16000)
+    content = bytearray((tmp_path / "a.flac").read_bytes())
+    content[21] &= 0xF0  # STREAMINFO: 36 bits for the number of samples, 0 for unknown, as written into a pipe
+    content[22:26] = bytes(4)
+    (tmp_path / "a.flac").write_bytes(content)
+    for read in (read_audio, audio_duration_s, lambda path: list(read_segments(path))):
+        with pytest.raises(AsrKdError, match=r"a\.flac: its header does not say how many samples it holds"):
+            read(tmp_path / "a.flac")
+
+
 @pytest.mark.parametrize("read", [read_audio, audio_duration_s, lambda path: list(read_segments(path))])
 def test_audio_without_a_header_or_with_an_impossible_sample_rate_is_an_error(tmp_path: Path, read: Callable[[Path], object]) -> None:
     (tmp_path / "a.raw").write_bytes(bytes(3200))

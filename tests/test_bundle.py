@@ -291,7 +291,7 @@ def test_a_graph_that_leads_nowhere_is_refused(tones, tmp_path, name, value):
     notes = read_json(folder / BUNDLE)
     notes["files"]["graph/HCLG.fst"] = file_fingerprint(path)
     write_json(folder / BUNDLE, notes)
-    with pytest.raises(AsrKdError, match=r"HCLG\.fst: labels or states out of range"):
+    with pytest.raises(AsrKdError, match=r"HCLG\.fst: labels, states or weights out of range"):
         load_bundle(folder)
 
 

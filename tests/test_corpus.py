@@ -256,5 +256,19 @@ def test_words_are_left_without_pronunciation_where_none_are_generated(tmp_path:
 
 
 def test_lower_case_transcripts_beside_an_upper_case_lexicon_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(AsrKdError, match=r"the transcripts: 3 of 3 words .* differ in case"):
+    with pytest.raises(AsrKdError, match=r"the transcripts of train: 2 of 2 words .* differ in case"):
         prepare_text(settings_of(tmp_path), corpus_of("the cat", "the sat"), [lexicon_file(tmp_path)], None, None)
+
+
+def test_a_small_split_in_another_case_is_an_error(tmp_path: Path) -> None:
+    corpus = corpus_of("THE CAT", "SAT")
+    spoken = [Utterance("d", 1.0, tmp_path / "d.wav", "d", ("the", "cat"))]
+    corpus = replace(corpus, splits={**corpus.splits, "dev": spoken})
+    with pytest.raises(AsrKdError, match=r"the transcripts of dev: 2 of 2 words .* differ in case"):
+        prepare_text(settings_of(tmp_path), corpus, [lexicon_file(tmp_path)], None, None)
+
+
+@pytest.mark.parametrize("word", ["<eps>", "#0", "A\0"])
+def test_reserved_words_of_a_transcript_are_an_error_before_any_training(tmp_path: Path, word: str) -> None:
+    with pytest.raises(AsrKdError, match=r"language model: sentence 1 is .*, expected words, not the reserved"):
+        prepare_text(settings_of(tmp_path), corpus_of(f"THE {word}", "THE CAT"), [lexicon_file(tmp_path)], None, None)

@@ -35,6 +35,9 @@ def test_manifests_and_features_of_a_librispeech_folder(tmp_path: Path, capsys: 
     run("features.py", tmp_path / "manifests" / "tiny.csv", tmp_path / "features", "--cmvn", "utterance")
     extract_features(load_split("tiny", tmp_path)[0], tmp_path / "expected", cmvn="utterance")
     np.testing.assert_array_equal(FrameStore(tmp_path / "features").frames, FrameStore(tmp_path / "expected").frames)
+    for split in (tmp_path / "LibriSpeech" / "tiny", "tiny/", "tiny.csv"):  # where it is written would be the user's own files
+        with pytest.raises(AsrKdError, match="expected the name of a folder below"):
+            run("librispeech.py", tmp_path, split, "--manifests", tmp_path / "manifests")
     with pytest.raises(AsrKdError, match="none: not found"):
         run("librispeech.py", tmp_path, "none")
 

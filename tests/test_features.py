@@ -129,17 +129,19 @@ def test_audio_that_cannot_be_used_is_listed(corpus: list[Utterance], tmp_path: 
     (tmp_path / "text.flac").write_text("not audio")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 16000)
     soundfile.write(tmp_path / "short.wav", np.zeros(399), 16000)
-    names = ["none.wav", "text.flac", "empty.wav", "short.wav"]
+    soundfile.write(tmp_path / "loud.wav", 1e25 * np.ones(16000), 16000, subtype="FLOAT")
+    names = ["none.wav", "text.flac", "empty.wav", "short.wav", "loud.wav"]
     broken = [Utterance(name, 1.0, tmp_path / name, "c", ("WORD",)) for name in names]
     excluded = extract_features(broken + corpus, tmp_path / "f")
     assert [e.utt_id for e in excluded] == names
-    for exclusion, reason in zip(excluded, ["no such audio file", "not readable as audio", "no samples", "399 samples, shorter"], strict=True):
+    reasons = ["no such audio file", "not readable as audio", "no samples", "399 samples, shorter", "features are infinite"]
+    for exclusion, reason in zip(excluded, reasons, strict=True):
         assert reason in exclusion.reason
     with open(tmp_path / "f" / "exclusions.csv", newline="") as file:
         assert [row["ID"] for row in csv.DictReader(file)] == names
-    assert "4 of 9 utterances left out" in caplog.text
+    assert "5 of 10 utterances left out" in caplog.text
     assert FrameStore(tmp_path / "f").utt_ids == [u.utt_id for u in corpus]
-    with pytest.raises(AsrKdError, match=r"no usable utterance among 4 \(first: none\.wav"):
+    with pytest.raises(AsrKdError, match=r"no usable utterance among 5 \(first: none\.wav"):
         extract_features(broken, tmp_path / "g")
 
 
@@ -187,7 +189,7 @@ def test_duplicate_ids_nan_and_unknown_normalisation_are_errors(corpus: list[Utt
     with pytest.raises(AsrKdError, match="cmvn 'global': expected one of speaker, utterance, corpus, none"):
         extract_features(corpus, tmp_path / "f", cmvn="global")
     monkeypatch.setattr(module, "fbank", lambda waveforms, *_: [torch.full((3, 40), float("nan")) for _ in waveforms])
-    with pytest.raises(AsrKdError, match="a-0: NaN or infinity at frame 0"):
+    with pytest.raises(AsrKdError, match=r"no usable utterance among 5 \(first: a-0, .*features are infinite"):
         extract_features(corpus, tmp_path / "f")
     with pytest.raises(AsrKdError, match="run the stage"):
         FrameStore(tmp_path / "f")

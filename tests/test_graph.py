@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_graph import toy_hmm
 
-from asr_kd.const_fst import ConstFst, ConstFstWriter, copy_with_word_cost, map_const_fst
+from asr_kd.const_fst import ConstFst, ConstFstWriter, check_const_fst, copy_with_word_cost, map_const_fst
 from asr_kd.errors import AsrKdError
 from asr_kd.graph import GRAPH, GraphSettings, build_graph, compile_grammar, disambiguation_numbers, lexicon_fst_text, read_graph_info
 from asr_kd.hclg import write_hclg
@@ -231,6 +232,21 @@ def test_cut_off_or_foreign_graph_is_refused(arpa_path: Path, tmp_path: Path) ->
     (tmp_path / GRAPH).write_bytes(b"x" * 500)
     with pytest.raises(AsrKdError, match="not a ConstFst file"):
         map_const_fst(tmp_path / GRAPH)
+
+
+@pytest.mark.parametrize(("arcs", "message"), [
+    ("0 1 1 5 0.5\n1 0 0 0 -0.5\n1 2 0 6 0\n2\n", None),
+    ("0 1 0 5 0.5\n1 0 0 0 0.5\n1 2 2 6 0\n2\n", "a path without input labels"),
+    ("0 0 0 0 -1\n0\n", "a path without input labels"),
+    ("0 1 1 5 -Infinity\n1\n", "out of range"),
+    ("0 1 1 5 0\n1 -Infinity\n", "out of range"),
+    ("0 1 3 5 0\n1\n", "out of range"),
+    ("0 1 1 7 0\n1\n", "out of range"),
+])
+def test_graphs_of_others_are_looked_at(tmp_path: Path, arcs: str, message: str | None) -> None:
+    kaldifst.StdConstFst(kaldifst.compile(arcs)).write(str(tmp_path / GRAPH))
+    with contextlib.nullcontext() if message is None else pytest.raises(AsrKdError, match=message):
+        check_const_fst(tmp_path / GRAPH, num_inputs=3, num_outputs=7)
 
 
 def test_mismatches_are_refused(arpa_path: Path, tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ def test_lexicon_without_words_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("text", "message"), [
     ("A AH\nBEE\n", r"lexicon.txt:2: word 'BEE' has no phones"),
     ("A 1.0 AH\nBEE 1.0\n", r"lexicon.txt:1: word 'A' has '1.0' for its first phone"),
+    ("A 1.0 0.2 1.0 1.0 AH\nB 0.7 0.5 0.9 1.1 B IY\n", "lexicon.txt:1: word .A. has more than one number .*not lexiconp_silprob.txt"),
     ("A(1)\n", r"lexicon.txt:1: word 'A' has no phones"),
     ("A AH SIL\n", r"lexicon.txt:1: word 'A' has the silence phone"),
     ("A AH\n<s> AH\n", r"lexicon.txt:2: '<s>' is reserved"),

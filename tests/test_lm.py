@@ -176,6 +176,9 @@ def test_cut_off_gzip_and_missing_file(tmp_path: Path) -> None:
     (tmp_path / "cut.arpa.gz").write_bytes(packed[: len(packed) // 2])
     with pytest.raises(AsrKdError, match=r"cut\.arpa\.gz: cut off"):
         read_arpa(tmp_path / "cut.arpa.gz")
+    (tmp_path / "packed.arpa").write_bytes(packed)
+    (tmp_path / "unpacked.arpa").write_text(BY_HAND)
+    assert read_arpa(tmp_path / "packed.arpa") == read_arpa(tmp_path / "unpacked.arpa")
     (tmp_path / "plain.arpa.gz").write_text(BY_HAND)
     with pytest.raises(AsrKdError, match=r"plain\.arpa\.gz: could not be read"):
         read_arpa(tmp_path / "plain.arpa.gz")

@@ -248,6 +248,8 @@ def test_a_manifest_split_leaves_out_what_is_missing(tmp_path: Path) -> None:
     ("ID,duration,wav,spk_id,wrd\n,1,a.wav,s,A\n", r"line 2: empty ID"),
     ("ID,duration,wav,spk_id,wrd\na,1,,s,A\n", r"line 2: empty wav"),
     ("ID,duration,wav,spk_id,wrd\na b,1,a.wav,s,A\n", r"line 2: ID 'a b' holds a space"),
+    ('ID,duration,wav,spk_id,wrd\na,1,a.wav,s,A\nb,1,b.wav,s,"TIS B\nc,1,c.wav,s,C\nd,1,d.wav,s,"D"\n',
+     r"line 5: the row of b .* end of line within quotation marks"),
     ("ID,duration,wav,spk_id,wrd\na,1,a.wav,s,A\nb,1,b.wav,s,B\na,1,c.wav,s,C\n", r"a: utterance id occurs 2 times"),
 ])
 def test_broken_manifests_are_errors_that_say_where(tmp_path: Path, text: str, message: str) -> None:
