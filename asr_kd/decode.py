@@ -6,9 +6,12 @@ processes; those are forked after the graph is read, and so share one copy of it
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import multiprocessing
 import os
+import signal
+import sys
 import tempfile
 import time
 from collections import deque
@@ -175,7 +178,7 @@ def decode_parallel(decoder: Decoder, utterances: Utterances, num_jobs: int) -> 
         AsrKdError: as `Decoder.decode`, or a process died.
     """
     fork = multiprocessing.get_context("fork")  # passes the graph by inheritance, without a copy
-    with ProcessPoolExecutor(num_jobs, fork, _set_decoder, (decoder,)) as pool:
+    with ProcessPoolExecutor(num_jobs, fork, _begin_worker, (decoder, os.getpid())) as pool:
         window: deque[Future[Hypothesis]] = deque()
         try:
             for utt_id, log_posteriors in utterances:
@@ -311,12 +314,18 @@ def _unique(utterances: Utterances) -> Iterator[tuple[str, NDArray[np.float32]]]
         yield utt_id, log_posteriors
 
 
+_PR_SET_PDEATHSIG = 1  # of Linux' prctl: the signal that a process gets when its parent dies
 _decoder: Decoder | None = None  # of a worker process
 
 
-def _set_decoder(decoder: Decoder) -> None:
+def _begin_worker(decoder: Decoder, parent: int) -> None:
+    """Take the decoder, and end with the parent, however that ends: else a worker would wait for work for ever, and hold the graph and the run's lock."""
     global _decoder
     _decoder = decoder
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _decode_in_worker(utt_id: str, log_posteriors: NDArray[np.float32]) -> Hypothesis:

@@ -6,6 +6,7 @@ import fcntl
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,9 @@ from asr_kd.distributed import local_rank, local_world_size, rank
 from asr_kd.ensemble import Ensemble
 from asr_kd.errors import AsrKdError
 from asr_kd.features import Windows
-from asr_kd.networks import TrainingData, prepare_soft_targets, train_networks
+from asr_kd.networks import TrainingData, prepare_soft_targets, train_networks, used_precision
 from asr_kd.publish import publish_student
-from asr_kd.recognition import Recogniser, decode_system, prepare_graph, tune_decoding
+from asr_kd.recognition import Recogniser, decode_system, prepare_graph, remove_other_systems, tune_decoding
 from asr_kd.results import Systems, make_results, score_system, write_results
 from asr_kd.settings import Settings, load_settings
 from asr_kd.sources import find_sources
@@ -105,6 +106,7 @@ def run_experiment(settings: Settings, sweep: bool = False) -> dict[str, Any]:
     for number in range(1, settings.network_realignments + 1):
         data, name = TrainingData.load(settings, corpus, features, targets), f"aligner_{number}"
         aligner, stages[name] = train_networks(name, out / name, settings, data, seeds=[seed + 900 + number], epochs=settings.teacher_epochs)
+        del data  # not two copies of the frames at a time
         targets, stages[f"realign_{number}"] = realign(settings, corpus, text, features, targets, aligner, stages[name].fingerprint, number)
     data = TrainingData.load(settings, corpus, features, targets)
 
@@ -112,24 +114,30 @@ def run_experiment(settings: Settings, sweep: bool = False) -> dict[str, Any]:
     teachers, stages["teachers"] = train_networks("teachers", out / "teachers", settings, data, seeds=[seed + k for k in range(settings.num_teachers)],
                                                   epochs=settings.teacher_epochs)
 
-    transfer = data if settings.student_speeds is None else TrainingData.load(settings, corpus, features, targets, settings.student_speeds)
+    training_targets = data.inputs["targets"]
+    if settings.student_speeds is not None:
+        del data
+        data = TrainingData.load(settings, corpus, features, targets, settings.student_speeds)
+
+    def as_the_student() -> Settings:
+        return replace(settings, precision=used_precision(out / "student"))  # "auto" may find another number format, and it would be compared as well
 
     def distil(temperature: float) -> tuple[Ensemble, Record]:
         own = temperature == settings.temperature
         folder, suffix = (out, "") if own else (out / "sweep" / f"T{temperature:g}", f"_T{temperature:g}")
-        soft_targets, soft = prepare_soft_targets(folder / "soft_targets", settings, transfer, teachers, stages["teachers"].fingerprint, temperature)
-        student, trained = train_networks("student", folder / "student", settings, transfer, seeds=[seed + 500], epochs=settings.student_epochs, student=True,
-                                          soft_targets=soft_targets, inputs={"soft_targets": soft.fingerprint})
+        soft_targets, soft = prepare_soft_targets(folder / "soft_targets", settings, data, teachers, stages["teachers"].fingerprint, temperature)
+        student, trained = train_networks("student", folder / "student", settings if own else as_the_student(), data, seeds=[seed + 500],
+                                          epochs=settings.student_epochs, student=True, soft_targets=soft_targets, inputs={"soft_targets": soft.fingerprint})
         stages.update({f"soft_targets{suffix}": soft, f"student{suffix}": trained})
         return student, trained
 
     # the student, and beside it the same network trained as long on hard targets alone
     student, _ = distil(settings.temperature)
-    control, stages["control"] = train_networks("control", out / "control", settings, transfer, seeds=[seed + 500], epochs=settings.student_epochs,
-                                                student=True)
+    control, stages["control"] = train_networks("control", out / "control", as_the_student(), data, seeds=[seed + 500],
+                                                epochs=settings.student_epochs, student=True)
 
     # words: scales are chosen on the tuning speakers by one teacher, and kept for all systems
-    stages["graph"] = prepare_graph(settings, corpus, text, targets, data.inputs["targets"])
+    stages["graph"] = prepare_graph(settings, corpus, text, targets, training_targets)
     first = Ensemble.of([teachers.member(0)])
     recogniser, stages["tuning"] = tune_decoding(settings, stages["graph"], targets.hmm, first, stages["teachers"].fingerprint,
                                                  features.windows(settings, corpus.tuning), corpus)
@@ -151,7 +159,10 @@ def run_experiment(settings: Settings, sweep: bool = False) -> dict[str, Any]:
         results["temperature_sweep"] = {"split": split, "rows": rows, "of": systems_of_sweep}
     elif (earlier := earlier_sweep(out / "results.json")).get("of") == systems_of_sweep:
         results["temperature_sweep"] = earlier
-    return make_results(settings, corpus, targets, windows, systems, recogniser, stages) | results if rank() == 0 else {}
+    if rank() != 0:
+        return {}
+    remove_other_systems(out, [*networks, *(f"distilled_T{row['temperature']:g}" for row in results.get("temperature_sweep", {}).get("rows", []))])
+    return make_results(settings, corpus, targets, windows, systems, recogniser, stages) | results
 
 
 def sweep_temperatures(settings: Settings, corpus: Corpus, features: Features, targets: Targets, recogniser: Recogniser, split: str, windows: Windows,

@@ -31,7 +31,7 @@ LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 def supports(logits: Tensor, rows: _Rows) -> bool:
     """Whether the kernels take logits (N, C) of this type and targets of this form."""
-    return logits.dtype in DTYPES and logits.numel() > 0 and (rows.indices is None or rows.indices.shape[-1] <= MAX_LISTED)
+    return logits.dtype in DTYPES and logits.numel() > 0 and (rows.indices is None or 0 < rows.indices.shape[-1] <= MAX_LISTED)
 
 
 def row_losses(logits: Tensor, rows: _Rows, settings: _Settings) -> Tensor:

@@ -59,9 +59,12 @@ class _HardLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
         weights = gradients[0]
+        gradient, ctx.gradient = ctx.gradient, None
+        if gradient is None:
+            raise RuntimeError("hard_losses: a second backward pass, expected one, as its memory is used again; call hard_losses anew")
         if weights.device.type == "cpu" and bool((weights == 1.0).all()):
-            return ctx.gradient, None
-        return ctx.gradient.mul_(weights[:, None, None]), None
+            return gradient, None
+        return gradient.mul_(weights[:, None, None]), None
 
 
 def _block(logits: Tensor, ids: Tensor, num_frames: int) -> tuple[Tensor, Tensor]:

@@ -26,10 +26,12 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 Mean = Literal["arithmetic", "geometric"]
 Reduction = Literal["mean", "sum", "batch", "batchmean", "none"]
 
+LEAST_TEMPERATURE = 1e-20  # below, float32 has no room for logits over T
 REDUCTIONS = ("mean", "sum", "batch", "batchmean", "none")
 # Elements (frames x classes) per block: on a CPU a block stays in the cache and is worth a second thread; elsewhere it is an eighth of the batch,
 # because a block needs up to six temporaries of its own size and these shall stay below one of size (N, C). Batches below
@@ -261,8 +263,8 @@ class _Rows(NamedTuple):
 
 def _losses_of_rows(logits: Tensor, rows: _Rows, settings: _Settings) -> Tensor:
     """Losses (N,) of N frames, differentiable."""
-    if torch.compiler.is_compiling() or any(map(_is_wrapped, (logits, *rows))):  # a compiler fuses the plain form itself; torch.func differentiates it
-        return _row_losses(logits, rows, settings)
+    if torch.compiler.is_compiling() or any(map(_is_wrapped, (logits, *rows))) or forward_ad._current_level >= 0:
+        return _row_losses(logits, rows, settings)  # a compiler fuses it itself; torch.func and forward mode differentiate it
     wanted = logits.requires_grad and torch.is_grad_enabled()
     return cast(Tensor, _RowLosses.apply(logits, *rows, settings, wanted))  # type: ignore[no-untyped-call]
 
@@ -498,7 +500,7 @@ def _fit_lengths(
     axes, num_classes = logits.dim() - 1, logits.shape[-1]
     named = {"logits": logits, **_named_soft_targets(soft_targets, num_classes, axes)}
     if hard_targets is not None:
-        if hard_targets.is_floating_point() or hard_targets.dim() != axes:
+        if hard_targets.is_floating_point() or hard_targets.dtype == torch.bool or hard_targets.dim() != axes:
             raise ValueError(f"hard targets are {hard_targets.dtype} {tuple(hard_targets.shape)}; expected class ids for logits {tuple(logits.shape)}")
         named["hard targets"] = hard_targets
     for name, tensor in named.items():
@@ -577,12 +579,12 @@ def _check_values(rows: _Rows, num_classes: int) -> None:
 
 
 def _check_temperature(temperature: float) -> None:
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature is {temperature}; expected a finite number > 0")
+    if not LEAST_TEMPERATURE <= temperature < math.inf:  # math.isfinite would stop a compiler that has a symbol for the number
+        raise ValueError(f"temperature is {temperature}; expected a finite number > 0, at least {LEAST_TEMPERATURE:g}")
 
 
 def _check_hard_weight(hard_weight: float) -> None:
-    if not (hard_weight >= 0 and math.isfinite(hard_weight)):
+    if not 0 <= hard_weight < math.inf:
         raise ValueError(f"hard_weight is {hard_weight}; expected a finite number >= 0")
 
 

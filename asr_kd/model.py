@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from asr_kd.errors import AsrKdError
 from asr_kd.stage import atomic_path
 
+SEEDS = 2**32 - 5
+"""torch's generator for a CPU looks at 32 bits of a seed: larger ones are taken modulo this prime, so that the members of two runs do not meet."""
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -69,7 +72,7 @@ class AcousticModel(nn.Module):
         self.dropout = nn.Dropout(shape.dropout)
         if seed is None:
             return
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed % SEEDS)
         for layer in self.affine:
             std = math.sqrt(2.0 / layer.in_features) * (0.1 if layer is self.affine[-1] else 1.0)
             nn.init.normal_(layer.weight, std=std, generator=generator)

@@ -21,13 +21,13 @@ from asr_kd.precision import choose_precision
 from asr_kd.schedule import ScheduleSettings
 from asr_kd.settings import Settings
 from asr_kd.soft_targets import STORED_BYTES, OnTheFlyTargets, SoftTargetRecord, SoftTargetStore, extract
-from asr_kd.stage import Record, file_fingerprint, fingerprint, run_stage, write_json
+from asr_kd.stage import Record, file_fingerprint, fingerprint, read_json, run_stage, write_json
 from asr_kd.targets import Features, Targets, speed_prefix
 from asr_kd.training import CHECKPOINT, SoftTargets, TrainingSettings, train
 
 log = logging.getLogger(__name__)
 
-NETWORKS = "networks.safetensors"
+NETWORKS, TRAINING = "networks.safetensors", "training.json"
 INDEX_BYTES = 12  # per frame in memory beside its features: state id and place
 
 
@@ -112,8 +112,10 @@ def train_networks(stage: str, folder: Path, settings: Settings, data: TrainingD
         result = train(networks, data.train, data.tuning, folder, training, seed=settings.seed, soft_targets=soft_targets)
         if rank() != 0:
             return
-        write_json(folder / "training.json", {"heldout_accuracy": result.heldout_accuracy, "diverged": result.diverged, "precision": result.precision})
+        write_json(folder / TRAINING, {"heldout_accuracy": result.heldout_accuracy, "diverged": result.diverged, "precision": result.precision})
         usable = [k for k, accuracy in enumerate(result.heldout_accuracy) if accuracy >= 0]  # the others diverged before they were ever evaluated
+        if not usable:
+            raise AsrKdError(f"{stage}: all {len(networks)} networks have weights that are NaN or infinite, expected numbers; lower learning_rate")
         if len(usable) < len(networks):
             log.error("%s: %d of %d networks diverged at once and are left out; lower learning_rate", stage, len(networks) - len(usable), len(networks))
             networks = Ensemble.of([networks.member(k) for k in usable], [seeds[k] for k in usable])
@@ -126,6 +128,11 @@ def train_networks(stage: str, folder: Path, settings: Settings, data: TrainingD
     record = run_stage(stage, folder, choices, {**data.inputs, **(inputs or {})}, work, together=True)
     weights = by_first_process(lambda: file_fingerprint(folder / NETWORKS))  # another machine trains other weights from the same settings
     return Ensemble.load(folder / NETWORKS).to(settings.device), replace(record, inputs=record.inputs | {"weights": weights})
+
+
+def used_precision(folder: Path) -> str:
+    """The number format, "fp32" or "bf16", that the networks in a stage's folder were trained in."""
+    return by_first_process(lambda: str(read_json(folder / TRAINING)["precision"]))
 
 
 def network_shape(settings: Settings, num_states: int, student: bool = False, soft: bool = False) -> ModelShape:

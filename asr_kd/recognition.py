@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from asr_kd.features import Windows
 from asr_kd.graph import GraphSettings, build_graph
 from asr_kd.hmm.model import HmmModel
 from asr_kd.settings import Settings
-from asr_kd.stage import Record, read_json, run_stage, write_json
+from asr_kd.stage import Record, read_json, remove_folder, run_stage, write_json
 from asr_kd.targets import Features, Targets
 
 log = logging.getLogger(__name__)
@@ -95,6 +95,14 @@ class Decoded:
     words: Mapping[str, Sequence[str]]
     real_time_factor: float
     unfinished: list[str]
+
+
+def remove_other_systems(output: Path, systems: Collection[str]) -> None:
+    """Remove the hypotheses of systems that an earlier run in the folder decoded and this one did not: beside its own they would pass for its."""
+    for folder in sorted((output / "decode").iterdir()):
+        if folder.is_dir() and folder.name not in systems:
+            log.info("%s: removed, as it is of an earlier run", folder)
+            remove_folder(folder)
 
 
 def decode_system(settings: Settings, recogniser: Recogniser, system: str, network: Ensemble, network_fingerprint: str,

@@ -10,7 +10,7 @@ below is optional, also inside a row (a system that was not decoded has no WER);
                   decoded_members: how many members' words, errors and unfinished utterances are added up in the baseline},
              members: [{number: from 1, frame_accuracy, wer?, ...}], gain_kept: {frame_accuracy, wer},
              bootstrap: {resampled: speakers|utterances, speakers: how many there are}}}
-    networks: {teachers|distilled|control: {hidden_layers, hidden_units, dropout, ...}}
+    networks: {teachers|distilled|control: {hidden_layers, hidden_units, dropout, precision, ...}}
     stages: {stage: seconds}                settings: {key: value}
     decoding: {key: value}                  acoustic scale, word insertion penalty, ... as chosen on the tuning speakers
     curves: {teachers|distilled|control: {epoch: [e, ...], frame_accuracy: [[one value per member], ...],

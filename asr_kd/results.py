@@ -30,6 +30,7 @@ from asr_kd.features import Windows
 from asr_kd.frame_results import FrameResult, evaluate_frames
 from asr_kd.hmm.corpus import NO_FEATURES
 from asr_kd.hmm.model import SIL, HmmModel
+from asr_kd.networks import TRAINING
 from asr_kd.recognition import Decoded, Recogniser
 from asr_kd.report import write_report
 from asr_kd.score import (
@@ -47,6 +48,9 @@ from asr_kd.score import (
 from asr_kd.settings import Settings
 from asr_kd.stage import Record, read_json, write_json
 from asr_kd.targets import Targets, store_names
+
+TRAINED_IN = {"teachers": "teachers", "distilled": "student", "control": "control"}
+"""System -> folder of its training stage in the output folder."""
 
 log = logging.getLogger(__name__)
 
@@ -77,9 +81,10 @@ def make_results(settings: Settings, corpus: Corpus, targets: Targets, windows: 
         rows["members"] = [{"number": number, **row} for number, row in zip(_member_numbers(settings), rows["members"], strict=True)]
     return results | {
         "decoding": asdict(recogniser.decoding),
-        "curves": {name: _curves(settings.output / folder) for name, folder in (("teachers", "teachers"), ("distilled", "student"), ("control", "control"))},
+        "curves": {name: _curves(settings.output / folder) for name, folder in TRAINED_IN.items()},
         "exclusions": _exclusions(settings, corpus),
-        "networks": {name: asdict(network.shape) for name, network in {"teachers": systems.teachers, **systems.single}.items()},
+        "networks": {name: asdict(network.shape) | {"precision": read_json(settings.output / TRAINED_IN[name] / TRAINING)["precision"]}
+                     for name, network in {"teachers": systems.teachers, **systems.single}.items()},
         "stages": {name: record.seconds for name, record in stages.items() if record.seconds} | {"score": time.perf_counter() - begin},
         "settings": asdict(settings),
         "environment": _environment(settings),
@@ -191,8 +196,8 @@ def _exclusions(settings: Settings, corpus: Corpus) -> dict[str, dict[str, int]]
                             (settings.output / "targets" / name / "exclusions.csv", "not aligned")):
             kinds = [_kind(reason) for reason in _reasons(path)]
             own.update(f"{cause}: {kind}" for kind in kinds if kind != NO_FEATURES)  # those are counted with the cause
-    for name in ("teachers", "student", "control"):
-        training = read_json(settings.output / name / "training.json")
+    for name in TRAINED_IN.values():
+        training = read_json(settings.output / name / TRAINING)
         best = training["heldout_accuracy"]
         own = counts.setdefault(name, Counter())  # a split may be called so too
         own.update(f"member {int(k) + 1}: loss not finite at step {step}, {'trained no further' if best[int(k)] >= 0 else 'left out'}"

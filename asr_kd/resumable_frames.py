@@ -64,7 +64,7 @@ class ResumableFrameWriter:
 
     def chunks_left(self) -> list[tuple[int, int]]:
         """First frame number and one past the last of each chunk that is still to be written, in order."""
-        starts = [0, *self.ends[:-1]]
+        starts = [0, *self.ends][:len(self.ends)]  # a process without an utterance has no chunk
         return list(zip(starts[self.done:], self.ends[self.done:], strict=True))
 
     def append(self, frames: NDArray[np.generic]) -> None:

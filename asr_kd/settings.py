@@ -283,7 +283,7 @@ _RANGES: tuple[tuple[float, float, str, tuple[str, ...]], ...] = (
     (0, _LARGEST, "a finite number, 0 or more", ("left_context", "right_context", "network_realignments", "hard_weight", "frames_in_memory_gb")),
     (1000, _LARGEST, "1000 or more", ("sample_rate",)),
     (0, 0.99, "0 to 0.99", ("dropout", "student_dropout")),
-    (0, 1e15, "0 to 1e15", ("seed",)),
+    (0, 4e9, "0 to 4e9", ("seed",)),
     (0.5, 2.0, "numbers from 0.5 to 2", ("speeds", "student_speeds")),
     (-_LARGEST, _LARGEST, "finite numbers", ("word_insertion_penalties", "low_freq_hz", "high_freq_hz")),
 )

@@ -353,6 +353,8 @@ def _teacher_posteriors(teachers: Teachers, frames: NumberedFrames, frame_indice
 def _averaged(logits: Tensor, temperature: float, mean: Mean) -> Tensor:
     """`average_teachers`, on a CPU some frames at a time."""
     rows = max(1, CACHED_ELEMENTS // logits.shape[2]) if logits.device.type == "cpu" else logits.shape[1]
+    if rows >= logits.shape[1]:
+        return average_teachers(logits, temperature, mean)
     return torch.cat([average_teachers(block, temperature, mean) for block in torch.split(logits, rows, 1)])
 
 

@@ -287,7 +287,8 @@ class _Trainer:
     def _evaluate(self) -> None:
         accuracies = heldout_accuracy(self.networks, self.heldout, self.settings.heldout_frames)
         rates = [self.schedule.learning_rate(k, self.epochs) for k in range(len(self.networks))]
-        improved = self.schedule.observe(accuracies)
+        finite = torch.stack([parameter.detach().flatten(1).isfinite().all(1) for parameter in self.parameters]).all(0).tolist()
+        improved = self.schedule.observe([accuracy if whole else -1.0 for accuracy, whole in zip(accuracies, finite, strict=True)])
         with torch.no_grad():
             for k in (k for k, better in enumerate(improved) if better):
                 for parameter, best in zip(self.parameters, self.best, strict=True):

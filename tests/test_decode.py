@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
+import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -131,6 +134,30 @@ def test_an_error_in_a_process_reaches_the_caller(toy: Toy) -> None:
     utterances = [("good", toy.posteriors(6, 1)), ("bad", toy.posteriors(6, 1) * np.float32(np.nan)), ("good2", toy.posteriors(6, 1))]
     with pytest.raises(AsrKdError, match="bad: NaN or infinity"):
         decode(toy.folder / "graph", utterances, toy.hmm.log_priors, WIDE, num_jobs=2)
+
+
+ENDLESS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+from test_decode import Toy, decode_parallel
+toy = Toy(Path({folder!r}), 0)
+utterances = ((str(n), toy.posteriors(6, n)) for n in range(10**9))
+for hypothesis in decode_parallel(toy.decoder(), utterances, 2):
+    print(hypothesis.utt_id, flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path, end: signal.Signals) -> None:
+    """They hold its standard output, and its lock, as long as they live."""
+    script = ENDLESS.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"0\n"
+    process.send_signal(end)
+    process.communicate(timeout=20)  # until nobody holds the pipe
 
 
 def test_tuning_finds_the_best_of_the_grid(toy: Toy, caplog: pytest.LogCaptureFixture) -> None:

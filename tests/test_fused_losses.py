@@ -195,6 +195,7 @@ class TestOnDevice:
         many = losses._Rows(listed.float(), listed, None, None, None)
         dense = losses._Rows(torch.ones(2, 500), None, None, None, None)
         assert not kernels.supports(torch.zeros(2, 500), many)
+        assert not kernels.supports(torch.zeros(2, 500), many._replace(probabilities=torch.zeros(2, 0), indices=listed[:, :0]))
         assert not kernels.supports(torch.zeros(2, 500, dtype=torch.float64), dense)
         assert not kernels.supports(torch.zeros(0, 500), dense)
         assert kernels.supports(torch.zeros(2, 500), dense)

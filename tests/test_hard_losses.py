@@ -26,6 +26,15 @@ def test_losses_gradients_and_counts(members: int, frames: int, states: int, blo
     assert correct.tolist() == (logits.argmax(-1) == targets).sum(1).tolist() == count_correct(logits, targets).tolist()
 
 
+def test_a_second_backward_pass_is_refused() -> None:
+    """The memory of its gradient has been handed out."""
+    logits = torch.randn(2, 4, 3, requires_grad=True)
+    losses, _ = hard_losses(logits * 1.0, torch.zeros(4, dtype=torch.long))
+    losses.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward pass"):
+        losses.sum().backward()
+
+
 def test_other_devices_take_the_distillation_loss_of_certain_targets() -> None:
     logits = torch.randn(3, 40, 30).mul_(5).requires_grad_()
     targets, weights = torch.randint(30, (40,)), torch.arange(1.0, 4.0)

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 
 from asr_kd import losses
@@ -96,6 +97,15 @@ def test_compiles_to_one_graph(backend: str, sparse: bool) -> None:
     torch.testing.assert_close(gradient(loss, logits), gradient(expected, logits))
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_once_for_temperatures_and_lengths_that_change(dynamic: bool | None) -> None:
+    compiled = torch.compile(distillation_loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for frames, temperature, hard_weight in ((6, 2.0, 0.5), (6, 3.0, 0.25), (7, 4.5, 0.125)):
+        logits, soft, hard = random_case((2, frames, 9))
+        settings = {"temperature": temperature, "hard_weight": hard_weight}
+        torch.testing.assert_close(compiled(logits, soft, hard, **settings), distillation_loss(logits, soft, hard, **settings))
+
+
 def test_vmap_and_per_utterance_gradients() -> None:
     logits, soft, hard = random_case((4, 6, 9))
     z = logits.detach()
@@ -141,12 +151,16 @@ def test_hessian_by_torch_func() -> None:
     torch.testing.assert_close(hessian[0, :, 0], q.diag() - q.outer(q))  # d/dz of T * (q - p) is diag(q) - q q'
 
 
-def test_forward_mode_derivative_by_torch_func() -> None:
+def test_forward_mode_derivative_by_torch_func_and_by_autograd() -> None:
     logits, soft, hard = random_case((4, 5))
     along = torch.linspace(-1, 1, 20).view(4, 5)
 
     def loss(z: Tensor) -> Tensor:
         return distillation_loss(z, soft, hard, temperature=2.0)
+
+    with forward_ad.dual_level():
+        derivative = forward_ad.unpack_dual(loss(forward_ad.make_dual(logits.detach(), along))).tangent
+    torch.testing.assert_close(derivative, (gradient(loss(logits), logits) * along).sum())
 
     value, slope = torch.func.jvp(loss, (logits.detach(),), (along,))
     torch.testing.assert_close(value, loss(logits).detach())

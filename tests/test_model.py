@@ -35,6 +35,8 @@ def test_initial_weights_depend_on_the_seed_alone() -> None:
     again, other = AcousticModel(SHAPE, seed=3), AcousticModel(SHAPE, seed=4)
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
     assert not torch.equal(first.affine[0].weight, other.affine[0].weight)
+    bits_alike = AcousticModel(SHAPE, seed=3 + 1000 * 2**29)  # a multiple of 2^32 apart
+    assert not torch.equal(first.affine[0].weight, bits_alike.affine[0].weight)
     torch.manual_seed(5)
     assert torch.equal(torch.get_rng_state(), state)  # nothing was drawn from the global generator
 

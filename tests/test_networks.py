@@ -13,6 +13,7 @@ import torch
 from asr_kd import networks, results, stage
 from asr_kd.corpus import Corpus
 from asr_kd.ensemble import Ensemble
+from asr_kd.errors import AsrKdError
 from asr_kd.features import Windows
 from asr_kd.frame_data import FrameData
 from asr_kd.frames import FrameStore, FrameWriter
@@ -89,6 +90,12 @@ def test_a_teacher_without_any_training_is_left_out(data: TrainingData, tmp_path
     assert [torch.equal(one, other) for one, other in zip(left.weights, fresh.weights, strict=True)] == [True, True]
     assert left.seeds == (1, 3)
     assert "1 of 3 networks diverged at once and are left out" in caplog.text
+
+
+def test_networks_that_are_all_left_out_are_an_error(data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networks, "train", lambda *_, **__: TrainingResult([-1.0, -1.0, -1.0], [], {}, "fp32"))
+    with pytest.raises(AsrKdError, match=r"teachers: all 3 networks have weights that are NaN or infinite.*lower learning_rate"):
+        teachers(data, tmp_path)
 
 
 def test_soft_targets_of_an_earlier_layout_are_made_again(data: TrainingData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,7 @@ def test_results_hold_what_the_contract_says(finished: Path) -> None:
     shapes = results["networks"]
     assert shapes["control"]["hidden_units"] == shapes["distilled"]["hidden_units"]
     assert (shapes["control"]["dropout"], shapes["distilled"]["dropout"]) == (shapes["teachers"]["dropout"], results["settings"]["student_dropout"])
+    assert {shape["precision"] for shape in shapes.values()} == {"fp32"}
     assert results["settings"]["temperature"] == 2.0
 
 
@@ -315,7 +316,11 @@ def test_temperature_sweep(finished: Path) -> None:
     assert rows[1]["frame_accuracy"] != rows[0]["frame_accuracy"]
     assert {f"{stage}_T5" for stage in ("soft_targets", "student", "decode distilled")} <= results["stages"].keys()
     assert "Temperature" in (finished / "report.md").read_text()
+    assert (finished / "decode" / "distilled_T5" / "dev.trn").is_file()
     assert run(finished).returncode == 0  # without a sweep: the one that was made is still of these networks
     assert read_json(finished / "results.json")["temperature_sweep"] == results["temperature_sweep"]
     assert run(finished, "--dev_splits", "[]").returncode == 0
     assert "temperature_sweep" not in read_json(finished / "results.json")  # it was of a split that is no more
+    assert not (finished / "decode" / "distilled_T5").exists()
+    assert run(finished, "--decoded_members", "1").returncode == 0
+    assert {folder.name for folder in (finished / "decode").iterdir()} == {"member_0", "ensemble", "distilled", "control"}

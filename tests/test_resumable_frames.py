@@ -42,6 +42,13 @@ def test_chunks_that_are_not_yet_noted_are_written_again(tmp_path: Path, monkeyp
     np.testing.assert_array_equal(FrameStore(tmp_path).frames, data)
 
 
+def test_a_process_without_an_utterance_has_nothing_to_write(tmp_path: Path) -> None:
+    writer = ResumableFrameWriter(tmp_path, [], np.array([0]), 4, "<i2", {})
+    assert writer.chunks_left() == []
+    writer.finish()
+    assert FrameStore(tmp_path).frames.shape == (0, 4)
+
+
 def test_writing_takes_the_memory_of_one_chunk(tmp_path: Path) -> None:
     """2 chunks or 30 chunks of 2.5 MB, the same peak."""
 

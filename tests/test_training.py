@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -259,7 +260,7 @@ def test_finished_training_is_not_repeated(data: FrameData, heldout: FrameData, 
 
 def test_the_largest_seed_that_settings_allow(data: FrameData, heldout: FrameData, tmp_path: Path) -> None:
     shape = replace(SHAPE, dropout=0.99)
-    result = train(Ensemble(shape, [10**18 + 1]), data, heldout, tmp_path, SETTINGS, seed=10**15)
+    result = train(Ensemble(shape, [4 * 10**12 + 999]), data, heldout, tmp_path, SETTINGS, seed=4 * 10**9)
     assert result.curves[-1]["epoch"] == SETTINGS.schedule.max_epochs
     assert not result.diverged
 
@@ -299,6 +300,26 @@ def test_a_lone_member_that_diverges_late_keeps_its_best_weights(data: FrameData
     assert list(result.diverged) == [0]
     assert result.heldout_accuracy == result.curves[0]["heldout_accuracy"]
     assert training.heldout_accuracy(networks, heldout, SETTINGS.heldout_frames) == pytest.approx(result.heldout_accuracy, abs=0.01)
+
+
+def test_weights_that_are_not_numbers_are_never_the_best(data: FrameData, heldout: FrameData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of the step before an evaluation is not finite, its loss is: the argmax of NaN is state 0, which some frames have."""
+    clip = training._Trainer._clip_gradients
+
+    def spoil(self: training._Trainer) -> None:
+        clip(self)
+        if not self.curves and self.batch + 1 == math.ceil(self.num_batches / SETTINGS.evaluations_per_epoch):
+            for parameter in self.parameters:
+                assert parameter.grad is not None
+                parameter.grad[1] = torch.nan
+
+    monkeypatch.setattr(training._Trainer, "_clip_gradients", spoil)
+    networks = Ensemble(SHAPE, [1, 2])
+    result = train(networks, data, heldout, tmp_path, SETTINGS, seed=7)
+    assert result.curves[0]["heldout_accuracy"][1] > 0
+    assert result.heldout_accuracy[1] == -1.0
+    assert result.heldout_accuracy[0] > 0.3
+    assert all(parameter.isfinite().all() for parameter in networks.parameters())
 
 
 class BrokenFrame:

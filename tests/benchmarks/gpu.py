@@ -44,7 +44,7 @@ from tests.benchmarks.measure import machine, made_up_frames, now, products_s, s
 from tests.benchmarks.training import soft_target_store, trainer_step
 
 SIZES = {"paper": ModelShape(1040, 8, 2560, 14_000, 0.1), "mini": ModelShape(1040, 4, 512, 1200, 0.1), "tiny": ModelShape(1040, 2, 32, 64, 0.1)}
-BUDGET_S = 450.0
+BUDGET_S = 400.0  # a measurement that begins before may take a minute more
 
 
 @contextmanager
@@ -77,6 +77,9 @@ def step_s(step: Callable[[], None], device: torch.device, duration_s: float) ->
 def training(name: str, shape: ModelShape, members: int, batch: int, data: FrameData, folder: Path, duration_s: float, form: str | None) -> dict[str, Any]:
     """Rate of training, with a form of soft targets or with hard ones."""
     device = data.device
+    fused = _working_kernels(device) is not None
+    if device.type == "cuda" and not fused:
+        raise RuntimeError("the Triton kernels of the losses do not work here (see the warning above); install a C compiler and Python's headers")
     soft_targets = None if form is None else soft_target_store(folder / f"soft-{name}", data, shape, form, "bf16")
     peak_gb(device)  # from here on
     step = trainer_step(Ensemble(shape, range(members)).to(device), data, soft_targets, "bf16", batch, folder)
@@ -88,7 +91,7 @@ def training(name: str, shape: ModelShape, members: int, batch: int, data: Frame
     operations = step_operations(shape, members, batch)
     figures = {"what": name, "members": members, "batch_frames": batch, "model_frames_per_s": members * batch / seconds,
                "tflops": operations / seconds / 1e12, "limit_tflops": operations / limit_s / 1e12, "share_of_limit": limit_s / seconds}
-    return figures | {"fused_loss": _working_kernels(device) is not None} | peak
+    return figures | {"fused_loss": fused} | peak
 
 
 def extraction(name: str, shape: ModelShape, members: int, data: FrameData, folder: Path, form: str) -> dict[str, Any]:
