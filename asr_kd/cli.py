@@ -163,8 +163,11 @@ def _report(options: argparse.Namespace, _: Sequence[str]) -> None:
     from asr_kd.stage import read_json
 
     path = options.output_folder / "results.json"
+    if not path.is_file():
+        raise AsrKdError(f"{options.output_folder}: no results.json here, expected the output folder of a finished run")
     results = read_json(path)
     try:
+        results["splits"]
         print(write_report(options.output_folder, results))
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise AsrKdError(f"{path}: not the results of a run ({error!r}); give the output folder of a finished run, or run the recipe again") from error

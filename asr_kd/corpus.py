@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from asr_kd.settings import Settings, split_name
 from asr_kd.stage import Record, file_fingerprint, file_state, fingerprint, run_stage
 
 log = logging.getLogger(__name__)
+
+LARGEST_UNKNOWN_SHARE = 0.05  # of a split's words, without a warning
 
 
 @dataclass(frozen=True)
@@ -98,9 +100,24 @@ def prepare_corpus(settings: Settings, data_folder: Path) -> tuple[Corpus, Recor
     if not train:
         raise AsrKdError("tuning_speakers: nobody is left to train on; hold out fewer")
     evaluation = [names[split] for split in (*settings.dev_splits, *settings.test_splits)]
+    _check_apart(in_training, {name: splits[name] for name in evaluation})
     log.info("corpus: %d utterances to train on, %d for tuning (speakers %s), %s", len(train), len(tuning), ", ".join(sorted(tuning_speakers)),
              ", ".join(f"{len(splits[name])} in {name}" for name in evaluation))
     return Corpus(splits, train, tuning, evaluation, inputs), record
+
+
+def _check_apart(in_training: Sequence[Utterance], evaluation: Mapping[str, Sequence[Utterance]]) -> None:
+    """Raise `AsrKdError` where a reported split holds a recording of the training splits; warn of speakers that are in both."""
+    trained_on = {utterance.wav: utterance.utt_id for utterance in in_training}
+    speakers = {utterance.spk_id for utterance in in_training}
+    for name, utterances in evaluation.items():
+        for utterance in utterances:
+            if utterance.wav in trained_on:
+                raise AsrKdError(f"{utterance.wav}: {utterance.utt_id} of {name} and {trained_on[utterance.wav]} of the training splits, expected speech "
+                                 "that was not trained on; remove it from one of them")
+        if known := sorted({utterance.spk_id for utterance in utterances} & speakers):
+            log.warning("%s: speakers %s%s are in the training splits too: its error rates say little about speakers never heard", name, ", ".join(known[:5]),
+                        " ..." if len(known) > 5 else "")
 
 
 def choose_tuning_speakers(utterances: Sequence[Utterance], share: float = 0.05) -> set[str]:
@@ -145,11 +162,21 @@ def prepare_text(settings: Settings, corpus: Corpus, lexicon_paths: Sequence[Pat
         lm_words = set(read_vocabulary(arpa)) if arpa is not None else {word for sentence in sentences for word in sentence}
         lexicon = read_lexicon(lexicon_paths, settings.strip_stress)
         for name, spoken in corpus.splits.items():  # each by itself: in a small split another case would not be noticed among the words of all
-            lexicon.check_case({word for utterance in spoken for word in utterance.words}, f"the transcripts of {name}")
+            own = {word for utterance in spoken for word in utterance.words}
+            lexicon.check_case(own, f"the transcripts of {name}")
+            if near := lexicon.near_misses(own):
+                log.warning("%s: %d words of the transcripts, such as %r, are in the lexicon but for case or punctuation; they are taken for other words. "
+                            "Write the transcripts as the lexicon and the language model are", name, len(near), near[0])
         extended, generated, exclusions = complete_lexicon(lexicon, utterances, settings.unknown_words == "g2p", lm_words)
         if not any(word in extended for word in lm_words):
             raise AsrKdError(f"{arpa or lm_text or 'training transcripts'}: none of the {len(lm_words)} words (such as {min(lm_words, default='')!r}) is among "
                              f"the {len(extended)} of the lexicon (such as {min(extended)!r}), expected words in common; give both for the same language")
+        for name in corpus.evaluation:
+            own_words = [word for utterance in corpus.splits[name] for word in utterance.words]
+            unknown = sum(word not in extended or word not in lm_words for word in own_words)
+            if unknown > LARGEST_UNKNOWN_SHARE * len(own_words):
+                log.warning("%s: %d of %d words (%.0f %%) are not in the lexicon and the language model, and can never be recognised; "
+                            "give a larger language model or more text", name, unknown, len(own_words), 100 * unknown / len(own_words))
         extended.write(folder / "lexicon.txt")
         generated.write(folder / "lexicon_generated.txt")
         write_exclusions(folder / "without_pronunciation.csv", exclusions)

@@ -35,6 +35,8 @@ RESERVED_WORDS = frozenset({"<eps>", "<s>", "</s>", "#0"})  # the graph gives th
 VARIANT = re.compile(r"(.+)\(\d+\)")  # CMUdict's READ(1), READ(2)
 STRESSED = re.compile(r"([A-Za-z]+)[0-2]")
 PROBABILITY = re.compile(r"1(\.0*)?([eE]\+?0+)?|0?\.\d+([eE][-+]?\d+)?|\d(\.\d*)?[eE]-\d+")  # Kaldi's lexiconp.txt
+MARKS = ".,:;!?()[]{}\"\u201c\u201d\u201e\u00ab\u00bb\u2026-\u2013\u2014"
+"""Punctuation at the ends of words; an apostrophe is part of its word."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,14 @@ class Lexicon:
         if 2 * len(missing) > len(words) and 2 * len(recased) > len(missing):
             raise AsrKdError(f"{source}: {len(missing)} of {len(words)} words are not in the lexicon of {len(self)} words, {len(recased)} of them "
                              f"but for their case, such as {recased[0]!r}{self._case_hint(recased[0], source)}; write both in the same case")
+
+    def near_misses(self, words: Iterable[str]) -> list[str]:
+        """Those of `words` that are missing here, but are here in another case or without marks at their ends.
+
+        >>> Lexicon({"GIRL": (("G",),)}).near_misses(["GIRL", "girl", "GIRL,", "GIRLS'", "(GIRL)."])
+        ['(GIRL).', 'GIRL,', 'girl']
+        """
+        return [word for word in self.missing(words) if any(form in self for form in (word.strip(MARKS), word.strip(MARKS).upper(), word.strip(MARKS).lower()))]
 
     def with_generated(self, words: Iterable[str], g2p: G2P) -> tuple[Lexicon, Lexicon]:
         """Pronounce by `g2p` those of `words` that are missing here; the extended lexicon, and the generated part alone.

@@ -527,6 +527,8 @@ def _named_soft_targets(soft_targets: Tensor | SparseTargets, num_classes: int, 
         if soft_targets.dim() != axes + 1 or soft_targets.shape[-1] != num_classes:
             raise ValueError(f"soft targets are {tuple(soft_targets.shape)}; expected {axes + 1} axes with {num_classes} classes as the logits")
         return {"soft targets": soft_targets}
+    if not isinstance(soft_targets, SparseTargets):
+        raise ValueError(f"soft targets are {type(soft_targets).__name__}; expected a torch.Tensor or SparseTargets")
     indices, probabilities, tail = soft_targets
     if indices.is_floating_point() or indices.dim() != axes + 1 or indices.shape[-1] > num_classes:
         raise ValueError(f"sparse indices are {indices.dtype} {tuple(indices.shape)}; expected class ids with {axes + 1} axes, at most {num_classes} a frame")
@@ -579,13 +581,14 @@ def _check_values(rows: _Rows, num_classes: int) -> None:
 
 
 def _check_temperature(temperature: float) -> None:
-    if not LEAST_TEMPERATURE <= temperature < math.inf:  # math.isfinite would stop a compiler that has a symbol for the number
-        raise ValueError(f"temperature is {temperature}; expected a finite number > 0, at least {LEAST_TEMPERATURE:g}")
+    # not math.isfinite, which stops a compiler that has a symbol for the number
+    if isinstance(temperature, str | None) or not LEAST_TEMPERATURE <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature!r}; expected a finite number > 0, at least {LEAST_TEMPERATURE:g}")
 
 
 def _check_hard_weight(hard_weight: float) -> None:
-    if not 0 <= hard_weight < math.inf:
-        raise ValueError(f"hard_weight is {hard_weight}; expected a finite number >= 0")
+    if isinstance(hard_weight, str | None) or not 0 <= hard_weight < math.inf:
+        raise ValueError(f"hard_weight is {hard_weight!r}; expected a finite number >= 0")
 
 
 def _check_reduction(reduction: str) -> None:

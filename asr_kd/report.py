@@ -10,6 +10,7 @@ below is optional, also inside a row (a system that was not decoded has no WER);
                   decoded_members: how many members' words, errors and unfinished utterances are added up in the baseline},
              members: [{number: from 1, frame_accuracy, wer?, ...}], gain_kept: {frame_accuracy, wer},
              bootstrap: {resampled: speakers|utterances, speakers: how many there are}}}
+    references: {split: {words, out_of_vocabulary: how many of them are not in the graph, speakers_in_training: [speaker, ...]}}
     networks: {teachers|distilled|control: {hidden_layers, hidden_units, dropout, precision, ...}}
     stages: {stage: seconds}                settings: {key: value}
     decoding: {key: value}                  acoustic scale, word insertion penalty, ... as chosen on the tuning speakers
@@ -70,7 +71,7 @@ def write_report(output_folder: Path | str, results: Results) -> Path:
 def make_page(results: Results) -> Page:
     """Everything that the report says, before it becomes Markdown or HTML."""
     splits = results.get("splits", {})
-    sections = [_split_section(split, rows, results.get("networks", {})) for split, rows in splits.items()]
+    sections = [_split_section(split, rows, results.get("networks", {}), results.get("references", {}).get(split, {})) for split, rows in splits.items()]
     sections += [_curves(results), _sweep(results), _errors(results), _calibration(results), _normalisation(results),
                  _exclusions(results), _stages(results), _settings(results)]
     first = next(iter(splits), None)
@@ -152,7 +153,7 @@ def _tiles(rows: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def _split_section(split: str, rows: Mapping[str, Any], networks: Mapping[str, Mapping[str, Any]]) -> Section:
+def _split_section(split: str, rows: Mapping[str, Any], networks: Mapping[str, Mapping[str, Any]], references: Mapping[str, Any]) -> Section:
     header = ["System", "Frame accuracy, %", "95 % interval", "WER, %", "95 % interval", "Errors / words", "Sub / del / ins", "RTF", "P(better)"]
     present = [system for system in SYSTEMS if system in rows]
     table = Table(header, [_system_cells(system, rows) for system in present], strong=present.index("distilled") if "distilled" in present else None)
@@ -170,6 +171,12 @@ def _split_section(split: str, rows: Mapping[str, Any], networks: Mapping[str, M
                        "the ensemble needs for each of its members, comes on top. P(better): share "
                        "of paired bootstrap replicates in which the system's WER is below that of the single networks. For comparison, the paper's table 1: "
                        "frame accuracy 58.9, 61.1, 60.8 % and WER 10.9, 10.7, 10.7 % for single network, ensemble, student."))
+    if references.get("words"):
+        unknown, words = references["out_of_vocabulary"], references["words"]
+        blocks.append(Note(f"{unknown} of {words} words ({_percent(unknown / words, 1)} %) are not in the lexicon and the language model: "
+                           "no system can recognise them."))
+    if known := references.get("speakers_in_training"):
+        blocks.append(Note(f"Speakers that are in the training splits too: {', '.join(known)}. Error rates say little about speakers never heard."))
     unfinished = [f"{rows[system]['unfinished']} ({NAMES[system]})" for system in present if rows[system].get("unfinished")]
     if unfinished:
         blocks.append(Note(f"Utterances whose search ended in no final state, so that their best unfinished words count: {', '.join(unfinished)}."))

@@ -28,6 +28,7 @@ from asr_kd.corpus import Corpus
 from asr_kd.ensemble import Ensemble
 from asr_kd.features import Windows
 from asr_kd.frame_results import FrameResult, evaluate_frames
+from asr_kd.graph import read_graph_info
 from asr_kd.hmm.corpus import NO_FEATURES
 from asr_kd.hmm.model import SIL, HmmModel
 from asr_kd.networks import TRAINING
@@ -80,6 +81,7 @@ def make_results(settings: Settings, corpus: Corpus, targets: Targets, windows: 
     for rows in results["splits"].values():
         rows["members"] = [{"number": number, **row} for number, row in zip(_member_numbers(settings), rows["members"], strict=True)]
     return results | {
+        "references": {split: _about(_references(own, corpus), corpus, split, recogniser.graph) for split, own in windows.items()},
         "decoding": asdict(recogniser.decoding),
         "curves": {name: _curves(settings.output / folder) for name, folder in TRAINED_IN.items()},
         "exclusions": _exclusions(settings, corpus),
@@ -143,6 +145,16 @@ def _references(windows: Windows, corpus: Corpus) -> dict[str, tuple[str, ...]]:
     """Words of every utterance that has features."""
     words = corpus.words
     return {utt_id: words[utt_id] for utt_id in windows.utt_ids}
+
+
+def _about(references: Mapping[str, Sequence[str]], corpus: Corpus, split: str, graph: Path) -> dict[str, Any]:
+    """What of a split's words no system can recognise, and which of its speakers are trained on."""
+    vocabulary = set(read_graph_info(graph)[1])
+    known = set(corpus.train) | set(corpus.tuning)
+    trained_on = {speaker for utt_id, speaker in corpus.speakers.items() if utt_id in known}
+    words = [word for own in references.values() for word in own]
+    return {"words": len(words), "out_of_vocabulary": sum(word not in vocabulary for word in words),
+            "speakers_in_training": sorted({corpus.speakers[utt_id] for utt_id in references} & trained_on)}
 
 
 def score_system(network: Ensemble, split: str, windows: Windows, corpus: Corpus, targets: Targets, hypotheses: Mapping[str, Sequence[str]]) -> dict[str, Any]:

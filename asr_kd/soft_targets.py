@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -58,17 +58,29 @@ class WindowSource(Protocol):
     def gather(self, frame_indices: Tensor) -> Tensor: ...
 
 
-class NumberedFrames(Protocol):
-    """What is needed of `asr_kd.frame_data.FrameData`; its hard targets are not, so frames without labels serve as well."""
-
-    @property
-    def windows(self) -> WindowSource: ...
+class Numbering(Protocol):
+    """Utterances in some order, and the first frame number of each, (U + 1,) with the number of frames."""
 
     @property
     def utt_ids(self) -> Sequence[str]: ...
 
     @property
     def offsets(self) -> NDArray[np.int64]: ...
+
+
+class NumberedFrames(Numbering, Protocol):
+    """What is needed of `asr_kd.frame_data.FrameData`; its hard targets are not, so frames without labels serve as well."""
+
+    @property
+    def windows(self) -> WindowSource: ...
+
+
+@dataclass(frozen=True)
+class StoredOrder:
+    """A `Numbering`: that of a store."""
+
+    utt_ids: list[str]
+    offsets: NDArray[np.int64]
 
 
 class Teachers(Protocol):
@@ -148,7 +160,9 @@ def extract(teachers: Teachers, frames: NumberedFrames, folder: Path | str, reco
 
 
 class SoftTargetStore:
-    """Soft targets that `extract` wrote, in the numbering of `utt_ids` and `offsets`.
+    """Soft targets that `extract` wrote, in the numbering of `utt_ids` and `offsets`; `store[utt_id]` gives those of one utterance.
+
+    A recipe of one's own reads them by `SoftTargetStore.open` (docs/soft_targets.md).
 
     Args:
         frames: utterances and first frame numbers of the training data; all of them must be in the store, in any order.
@@ -156,6 +170,7 @@ class SoftTargetStore:
         device: where `batch` gives its tensors. Off the CPU small forms are kept there, so that no batch waits for the host.
 
     Attributes:
+        utt_ids: utterances in order.
         temperature: that they were made at.
         form: "dense", "compact" or "sparse".
         bytes_per_frame: on disk.
@@ -164,7 +179,7 @@ class SoftTargetStore:
         AsrKdError: unfinished or damaged store, targets made with something else, an utterance missing or of another length.
     """
 
-    def __init__(self, folder: Path | str, frames: NumberedFrames, expected: SoftTargetRecord, device: torch.device) -> None:
+    def __init__(self, folder: Path | str, frames: Numbering, expected: SoftTargetRecord, device: torch.device) -> None:
         self._shards = [FrameStore(shard) for shard in _written_shards(Path(folder))]
         for shard in self._shards:
             expected.check(shard.attributes, shard.folder)
@@ -176,8 +191,31 @@ class SoftTargetStore:
         self._shard_of = {utt_id: number for number, shard in enumerate(self._shards) for utt_id in shard}
         self._number(frames, on_device=device.type != "cpu" and self.form != "dense")
 
-    def _number(self, frames: NumberedFrames, on_device: bool) -> None:
+    @classmethod
+    def open(cls, folder: Path | str, temperature: float, device: torch.device | str = "cpu") -> SoftTargetStore:
+        """All soft targets in a folder, whatever teachers and features they are of, in stored order.
+
+        Raises:
+            AsrKdError: unfinished or damaged store, or targets of another temperature: averaged posteriors cannot be re-tempered.
+        """
+        shards = [FrameStore(shard) for shard in _written_shards(Path(folder))]
+        found: dict[str, Any] = {item.name: shards[0].attributes.get(item.name) for item in fields(SoftTargetRecord)}
+        lengths = np.concatenate([np.diff(shard.offsets) for shard in shards])
+        order = StoredOrder([utt_id for shard in shards for utt_id in shard], np.concatenate([[0], np.cumsum(lengths)]))
+        return cls(folder, order, SoftTargetRecord(**(found | {"temperature": temperature})), torch.device(device))
+
+    def __contains__(self, utt_id: object) -> bool:
+        return utt_id in self._position
+
+    def __getitem__(self, utt_id: str) -> Tensor | SparseTargets:
+        """Targets of the T frames of an utterance, as `batch` gives them: (T, S), or sparse targets (T, k); `KeyError` where it has none."""
+        u = self._position[utt_id]
+        return self.batch(torch.arange(self._offsets[u], self._offsets[u + 1]))
+
+    def _number(self, frames: Numbering, on_device: bool) -> None:
         """Take on another numbering; `on_device` keeps all its records in memory from the first batch on."""
+        self.utt_ids = list(frames.utt_ids)
+        self._position = {utt_id: u for u, utt_id in enumerate(self.utt_ids)}
         self._offsets = np.asarray(frames.offsets, dtype=np.int64)
         self._utterance_shard, first_rows = _places(self._shards, self._shard_of, frames.utt_ids, self._offsets)
         self._shift = first_rows - self._offsets[:-1]  # (U,) from frame number to row of the shard
@@ -190,7 +228,7 @@ class SoftTargetStore:
         pieces = [self._shards[n].frames[row:row + length] for n, row, length in places]
         self._records = torch.from_numpy(np.concatenate(pieces)).to(self._device)
 
-    def of(self, frames: NumberedFrames) -> SoftTargetStore:
+    def of(self, frames: Numbering) -> SoftTargetStore:
         """The same targets in the numbering of other `frames`, some of the utterances, whose records are read into memory.
 
         Raises:

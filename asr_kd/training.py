@@ -235,7 +235,13 @@ class _Trainer:
             return hard_losses(logits, targets)
         soft_targets = self.part_targets.batch(frame_indices)
         temperature, hard_weight = self.part_targets.temperature, self.settings.hard_weight
-        losses = [distillation_loss(member, soft_targets, targets, temperature=temperature, hard_weight=hard_weight) for member in logits]
+        try:
+            losses = [distillation_loss(member, soft_targets, targets, temperature=temperature, hard_weight=hard_weight) for member in logits]
+        except ValueError as error:
+            probabilities = soft_targets if isinstance(soft_targets, Tensor) else soft_targets.probabilities
+            bad = self.part.utterances_of(frame_indices[~probabilities.isfinite().all(1)])
+            where = f" ({', '.join(bad[:3])})" if bad else ""
+            raise AsrKdError(f"{self.folder}: {error}{where}; remove the folder of the soft targets and run the same command again") from error
         return torch.stack(losses), count_correct(logits.detach(), targets)
 
     def _clip_gradients(self) -> None:

@@ -3,7 +3,8 @@
     python data_prep/targets.py HPARAMS [--key value ...]
 
 The folder targets/ in output_folder (targets_0/ where the recipe realigns by networks) holds, for each split, state ids that
-`asr_kd.frames.FrameStore` reads, and phones and words with their first and last frames in segments/, which `asr_kd.hmm.align.Segments` reads.
+`asr_kd.frames.FrameStore` reads, and phones and words in segments/, each with its first frame and the one past its last; `asr_kd.hmm.align.Segments`
+reads them, given the split's folder (targets/train-mini).
 The recipe with the same settings goes on from there.
 """
 

@@ -34,7 +34,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(("arguments", "message"), [
     (["train", "none.yaml"], "none.yaml: could not be read"),
     (["transcribe", "nowhere", "a.wav"], "nowhere: no bundle.json here"),
-    (["report", "nowhere"], "nowhere/results.json: not readable as JSON"),
+    (["report", "nowhere"], "nowhere: no results.json here, expected the output folder of a finished run"),
     (["report", "nowhere", "--loud"], "unknown argument '--loud'"),
     (["transcribe", "bundle"], "the following arguments are required: FILE; see asr-kd transcribe --help"),
     (["invent"], "invalid choice: 'invent'"),
@@ -61,7 +61,7 @@ def test_one_gpu_by_number_for_several_processes_is_refused(capsys: pytest.Captu
     assert capsys.readouterr().err == "asr-kd: device: cuda:0 for 2 processes, expected a GPU for each; give --device cuda\n"
 
 
-@pytest.mark.parametrize("content", ["[]", "3", '"text"', '{"splits": []}', '{"splits": {"a": []}}', '{"splits": {"a": {"baseline": {"wer": "high"}}}}',
+@pytest.mark.parametrize("content", ["[]", "{}", "3", '"text"', '{"splits": []}', '{"splits": {"a": []}}', '{"splits": {"a": {"baseline": {"wer": "high"}}}}',
                                      '{"splits": {"a": {"baseline": {"wer": 0.2, "wer_ci95": []}}}}', '{"stages": {"a": null}}', '{"curves": {"teachers": 3}}'])
 def test_report_of_another_file(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "results.json").write_text(content)

@@ -268,6 +268,28 @@ def test_a_small_split_in_another_case_is_an_error(tmp_path: Path) -> None:
         prepare_text(settings_of(tmp_path), corpus, [lexicon_file(tmp_path)], None, None)
 
 
+def test_words_that_case_or_punctuation_keeps_apart_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prepare_text(settings_of(tmp_path), corpus_of("THE CAT SAT, sat", "THE CAT"), [lexicon_file(tmp_path)], None, None)
+    assert "train: 2 words of the transcripts, such as 'SAT,', are in the lexicon but for case or punctuation" in caplog.text
+    assert "dev:" not in caplog.text
+
+
+def test_words_of_a_reported_split_that_can_never_be_recognised_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    prepare_text(settings_of(tmp_path, unknown_words="exclude"), corpus_of("THE CAT", "THE CAT SAT ZORB"), [lexicon_file(tmp_path)], None, None)
+    assert "dev: 2 of 4 words (50 %) are not in the lexicon and the language model, and can never be recognised" in caplog.text
+
+
+def test_a_recording_that_is_trained_on_is_not_reported_and_known_speakers_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_manifests(tmp_path)
+    whole = (tmp_path / "dev.csv").read_text()
+    (tmp_path / "dev.csv").write_text(whole.replace(",d,", ",a,"))
+    prepare_corpus(settings_of(tmp_path), tmp_path)
+    assert "dev: speakers a are in the training splits too" in caplog.text
+    (tmp_path / "dev.csv").write_text(whole.replace("dev-d.wav", "train-a.wav"))
+    with pytest.raises(AsrKdError, match=r"train-a\.wav: dev-d of dev and train-a of the training splits, expected speech that was not trained on"):
+        prepare_corpus(settings_of(tmp_path), tmp_path)
+
+
 @pytest.mark.parametrize("word", ["<eps>", "#0", "A\0"])
 def test_reserved_words_of_a_transcript_are_an_error_before_any_training(tmp_path: Path, word: str) -> None:
     with pytest.raises(AsrKdError, match=r"language model: sentence 1 is .*, expected words, not the reserved"):

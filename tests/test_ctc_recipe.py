@@ -139,11 +139,13 @@ def test_a_model_is_not_continued_with_another_origin(recipe: ModuleType, tmp_pa
     student = tmp_path / "student"
     hparams = {"output_folder": str(student), "save_folder": str(student / "save"), "teachers": [str(tmp_path / "a")], "seed": 1, "temperature": 2.0,
                "ctc_weight": 0.5}
+    hparams |= {name: 1 for name in recipe.LEARNT_FROM if name not in hparams}
     recipe.note_origin(hparams | {"seed": 7})  # a run that was cut before it had a model
     recipe.note_origin(hparams)
     (student / "save" / "CKPT+1").mkdir(parents=True)
     recipe.note_origin(hparams)
-    for change, name in (({"teachers": [str(tmp_path / "b")]}, "teachers"), ({"temperature": 1.0, "seed": 2}, "seed, temperature")):
+    for change, name in (({"teachers": [str(tmp_path / "b")]}, "teachers"), ({"temperature": 1.0, "seed": 2}, "seed, temperature"),
+                         ({"train_hours": 0.5, "channels": 32}, "train_hours, channels")):
         with pytest.raises(AsrKdError, match=rf"student: holds a model with other {name}, expected one of this run's to continue; give another output_folder"):
             recipe.note_origin(hparams | change)
     (student / "origin.json").unlink()

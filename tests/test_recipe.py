@@ -88,6 +88,10 @@ def test_results_hold_what_the_contract_says(finished: Path) -> None:
     assert (shapes["control"]["dropout"], shapes["distilled"]["dropout"]) == (shapes["teachers"]["dropout"], results["settings"]["student_dropout"])
     assert {shape["precision"] for shape in shapes.values()} == {"fp32"}
     assert results["settings"]["temperature"] == 2.0
+    about, vocabulary = results["references"]["test"], {line.split()[0] for line in (finished / "graph" / "words.txt").read_text().splitlines()}
+    words = [word for utterance in read_manifest(finished / "manifests" / "test.csv") for word in utterance.words]
+    assert about == {"words": len(words), "out_of_vocabulary": sum(word not in vocabulary for word in words), "speakers_in_training": []}
+    assert f"{about['out_of_vocabulary']} of {len(words)} words" in (finished / "report.md").read_text()
 
 
 def test_wer_is_that_of_the_trn_files(finished: Path) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from asr_kd import resumable_frames, soft_targets
 from asr_kd.errors import AsrKdError
+from asr_kd.frames import FrameWriter
 from asr_kd.losses import SparseTargets, distillation_loss
 from asr_kd.resumable_frames import ResumableFrameWriter
 from asr_kd.soft_targets import OnTheFlyTargets, SoftTargetRecord, SoftTargetStore, extract
@@ -371,3 +374,37 @@ def test_disk_that_fills_up_while_writing_is_said_and_nothing_is_lost(tmp_path: 
     teachers = DyingTeachers(calls=10)  # for the two chunks that were not written
     extract(teachers, FRAMES, tmp_path / "full", RECORD, seed=0, device=CPU, form="sparse")
     assert (tmp_path / "full" / "frames.npy").read_bytes() == (tmp_path / "whole" / "frames.npy").read_bytes()
+
+
+@pytest.mark.parametrize("form", ["dense", "compact", "sparse"])
+def test_a_store_opened_alone_gives_the_targets_of_utterances(tmp_path: Path, form: soft_targets.Form) -> None:
+    extract(Teachers(), FRAMES, tmp_path, RECORD, seed=0, device=CPU, form=form, bytes_per_frame=32)
+    store, joined = SoftTargetStore.open(tmp_path, temperature=2.0), SoftTargetStore(tmp_path, FRAMES, RECORD, CPU)
+    assert store.utt_ids == list(LENGTHS)
+    assert "c" in store
+    assert "e" not in store
+    for found, expected in ((store["c"], joined.batch(torch.arange(37, 88))), (store.batch(torch.tensor([3, 90])), joined.batch(torch.tensor([3, 90])))):
+        if isinstance(found, SparseTargets):
+            assert isinstance(expected, SparseTargets)
+            found, expected = found.dense(NUM_STATES), expected.dense(NUM_STATES)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    with pytest.raises(AsrKdError, match=r"soft targets with temperature 2.0, expected 3.0 \(averaged posteriors cannot be re-tempered\)"):
+        SoftTargetStore.open(tmp_path, temperature=3.0)
+    with pytest.raises(KeyError, match="e"):
+        store["e"]
+
+
+def test_the_recipe_of_the_documentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    generator = np.random.default_rng(0)
+    with FrameWriter("OUT/features/train-mini", (40,), np.float16) as features, FrameWriter("OUT/targets/train-mini", (), np.int32) as states:
+        for utt_id, length in {**LENGTHS, "unaligned": 9}.items():
+            features.append(utt_id, generator.normal(size=(length, 40)).astype(np.float16))
+            states.append(utt_id, generator.integers(NUM_STATES, size=length, dtype=np.int32))
+    extract(Teachers(), FRAMES, "OUT/soft_targets", RECORD, seed=0, device=CPU, form="compact", bytes_per_frame=32)
+    text = (Path(__file__).parents[1] / "docs" / "soft_targets.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    found: dict[str, Any] = {}
+    exec(code, found)
+    assert set(found["data"].data_ids) == set(LENGTHS)
+    assert found["student"].optimizer_step == 4

@@ -339,6 +339,15 @@ def test_nan_features_are_named(data: FrameData, heldout: FrameData, tmp_path: P
         train(Ensemble(SHAPE, [1, 2]), data, heldout, tmp_path, SETTINGS, seed=7)
 
 
+def test_nan_in_soft_targets_is_named(data: FrameData, heldout: FrameData, tmp_path: Path) -> None:
+    class Broken(Smoothed):
+        def batch(self, frame_indices: torch.Tensor) -> torch.Tensor:
+            return torch.where(frame_indices[:, None] == 350, torch.nan, super().batch(frame_indices))
+
+    with pytest.raises(AsrKdError, match=r"soft targets of frame \d+ of \d+ sum to nan.* \(d\); remove the folder of the soft targets"):
+        train(Ensemble(SHAPE, [1]), data, heldout, tmp_path, SETTINGS, seed=7, soft_targets=Broken(data))
+
+
 def test_too_high_a_learning_rate_is_an_error_not_a_model(data: FrameData, heldout: FrameData, tmp_path: Path) -> None:
     settings = replace(SETTINGS, schedule=replace(SETTINGS.schedule, learning_rate=1e30))
     with pytest.raises(AsrKdError, match="lower learning_rate"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import sys
 
+from asr_kd.errors import AsrKdError
 from asr_kd.runtime import prepare_process
 
 NAMES = {
@@ -34,7 +35,10 @@ def main() -> None:
         print(__doc__ + "\n" + "\n".join(f"  {known:{width}}  {text}" for known, text in NAMES.items()))
         sys.exit(0 if name in ("", "-h", "--help") else f"benchmark {name!r}: expected one of {', '.join(NAMES)}")
     prepare_process()
-    importlib.import_module(f"tests.benchmarks.{name}").main(sys.argv[2:])
+    try:
+        importlib.import_module(f"tests.benchmarks.{name}").main(sys.argv[2:])
+    except AsrKdError as error:
+        sys.exit(f"benchmark {name}: {error}")
 
 
 if __name__ == "__main__":

@@ -165,12 +165,17 @@ def load_data(hparams: dict[str, Any]) -> dict[str, sb.dataio.dataset.DynamicIte
     return {name: dataset(utterances, hparams["alphabet"], hparams["sample_rate"]) for name, utterances in splits.items()}
 
 
+LEARNT_FROM = ("seed", "temperature", "ctc_weight", "train_splits", "tuning_speakers", "train_hours", "alphabet", "num_mels", "channels", "kernel_size",
+               "dropout", "lr", "batch_size")
+"""Settings that may not change where a model is trained further; a larger number_of_epochs is what it is for."""
+
+
 def note_origin(hparams: dict[str, Any]) -> None:
     """Note what a model learns from; `AsrKdError` where its folder holds one that learned from something else, which would be continued."""
     folder = Path(hparams["output_folder"])
     path = folder / "origin.json"
     origin = {"teachers": [file_fingerprint(weights_of(teacher)) for teacher in hparams["teachers"]],
-              **{name: hparams[name] for name in ("seed", "temperature", "ctc_weight")}}
+              **{name: hparams[name] for name in LEARNT_FROM}}
     if (folder / WEIGHTS).exists() or any(Path(hparams["save_folder"]).glob("CKPT*")):
         earlier = read_json(path) if path.is_file() else {}
         differing = [name for name in origin if earlier.get(name) != origin[name]]
