@@ -10,6 +10,7 @@ from pathlib import Path
 from asr_kd.errors import AsrKdError
 from asr_kd.espeak import espeak_is_installed
 from asr_kd.g2p import complete_lexicon
+from asr_kd.hmm.tree import check_num_states
 from asr_kd.lexicon import Lexicon, read_lexicon
 from asr_kd.lm import estimate_kneser_ney, read_vocabulary, text_lines, write_arpa
 from asr_kd.manifest import Utterance, check_unique, find_split, load_split, read_manifest, speech_files, write_exclusions, write_manifest
@@ -189,8 +190,10 @@ def prepare_text(settings: Settings, corpus: Corpus, lexicon_paths: Sequence[Pat
     choices = {"strip_stress": settings.strip_stress, "unknown_words": settings.unknown_words, "lm_order": settings.lm_order if arpa is None else None}
     choices |= {"espeak": espeak_is_installed()} if settings.unknown_words == "g2p" else {}  # who installs it wants what it pronounces
     record = run_stage("text", folder, choices, inputs, work)
-    lexicon, lm = folder / "lexicon.txt", arpa or folder / "lm.arpa"
-    return Text(read_lexicon([lexicon]), lm, fingerprint([file_fingerprint(lexicon), inputs["lm"] if arpa else file_fingerprint(lm)])), record
+    path, lm = folder / "lexicon.txt", arpa or folder / "lm.arpa"
+    lexicon = read_lexicon([path])
+    check_num_states(settings.num_states, 1 + len(lexicon.phones))  # now, not when the tree grows
+    return Text(lexicon, lm, fingerprint([file_fingerprint(path), inputs["lm"] if arpa else file_fingerprint(lm)])), record
 
 
 def _sentences(corpus: Corpus, lm_text: Path | None) -> list[list[str]]:

@@ -290,6 +290,12 @@ def test_a_recording_that_is_trained_on_is_not_reported_and_known_speakers_are_t
         prepare_corpus(settings_of(tmp_path), tmp_path)
 
 
+def test_too_few_states_for_the_phones_are_an_error_before_any_feature(tmp_path: Path) -> None:
+    settings = replace(settings_of(tmp_path), num_states=100)
+    with pytest.raises(AsrKdError, match=f"num_states: got 100, expected at least {3 * 40} .three for each of 40 phones.; raise it"):
+        prepare_text(settings, corpus_of("THE CAT", "THE CAT"), [lexicon_file(tmp_path)], None, None)
+
+
 @pytest.mark.parametrize("word", ["<eps>", "#0", "A\0"])
 def test_reserved_words_of_a_transcript_are_an_error_before_any_training(tmp_path: Path, word: str) -> None:
     with pytest.raises(AsrKdError, match=r"language model: sentence 1 is .*, expected words, not the reserved"):

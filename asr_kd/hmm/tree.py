@@ -99,6 +99,12 @@ class _Split:
     is_left: bool
 
 
+def check_num_states(num_states: int, num_phones: int) -> None:
+    """Raise `AsrKdError` for fewer states than three per phone, silence included."""
+    if num_states < num_phones * STATES_PER_PHONE:
+        raise AsrKdError(f"num_states: got {num_states}, expected at least {num_phones * STATES_PER_PHONE} (three for each of {num_phones} phones); raise it")
+
+
 def grow_tree(statistics: ContextStatistics, num_phones: int, num_states: int, *, min_frames: float, min_gain: float,
               variance_floor: FloatArray) -> list[Leaf]:
     """Split the leaf that gains most likelihood until there are `num_states` of them, or none can be split.
@@ -113,8 +119,7 @@ def grow_tree(statistics: ContextStatistics, num_phones: int, num_states: int, *
     Raises:
         AsrKdError: fewer states asked for than three per phone.
     """
-    if num_states < num_phones * STATES_PER_PHONE:
-        raise AsrKdError(f"num_states: got {num_states}, expected at least {num_phones * STATES_PER_PHONE} (three for each of {num_phones} phones); raise it")
+    check_num_states(num_states, num_phones)
     n = num_phones + 1
     questions = phone_questions(statistics, num_phones, variance_floor)
     left, centre, right, position = split_codes(statistics.codes, num_phones)
