@@ -107,8 +107,8 @@ def _parser() -> argparse.ArgumentParser:
         return command
 
     add("demo", _demo, "run the whole recipe on the synthetic corpus (a few minutes on two cores)", True)
-    for name, function, text in (("train", _train, "run a recipe: corpus to results.json and report.html; a re-run continues (recipes/LibriSpeech/train.py does "
-                                  "the same, and with --sweep what `asr-kd sweep` does)"),
+    for name, function, text in (("train", _train, "run a recipe: corpus to results.json and report.html; a re-run continues (recipes/LibriSpeech/train.py "
+                                  "does the same, and with --sweep what `asr-kd sweep` does)"),
                                  ("sweep", _sweep, "distil one student per temperature in sweep_temperatures and add them to the report")):
         add(name, function, text, True).add_argument("hparams", metavar="HPARAMS", help="settings file, e.g. recipes/LibriSpeech/hparams/mini.yaml")
     transcribe = add("transcribe", _transcribe, "print the words of audio files (any format soundfile reads, any sample rate)", False)
