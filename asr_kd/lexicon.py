@@ -104,7 +104,8 @@ class Lexicon:
         >>> Lexicon({"GIRL": (("G",),)}).near_misses(["GIRL", "girl", "GIRL,", "GIRLS'", "(GIRL)."])
         ['(GIRL).', 'GIRL,', 'girl']
         """
-        return [word for word in self.missing(words) if any(form in self for form in (word.strip(MARKS), word.strip(MARKS).upper(), word.strip(MARKS).lower()))]
+        bare = {word: word.strip(MARKS) for word in self.missing(words)}
+        return [word for word, form in bare.items() if not {form, form.upper(), form.lower()}.isdisjoint(self.pronunciations)]
 
     def with_generated(self, words: Iterable[str], g2p: G2P) -> tuple[Lexicon, Lexicon]:
         """Pronounce by `g2p` those of `words` that are missing here; the extended lexicon, and the generated part alone.

@@ -15,7 +15,7 @@ from asr_kd.features import Windows
 from asr_kd.graph import GraphSettings, build_graph
 from asr_kd.hmm.model import HmmModel
 from asr_kd.settings import Settings
-from asr_kd.stage import Record, read_json, remove_folder, run_stage, write_json
+from asr_kd.stage import RECORD, Record, read_json, remove_folder, run_stage, write_json
 from asr_kd.targets import Features, Targets
 
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class Decoded:
 def remove_other_systems(output: Path, systems: Collection[str]) -> None:
     """Remove the hypotheses of systems that an earlier run in the folder decoded and this one did not: beside its own they would pass for its."""
     for folder in sorted((output / "decode").iterdir()):
-        if folder.is_dir() and folder.name not in systems:
+        if (folder / RECORD).is_file() and folder.name not in systems:  # what no stage wrote is the user's
             log.info("%s: removed, as it is of an earlier run", folder)
             remove_folder(folder)
 

@@ -81,7 +81,7 @@ def make_results(settings: Settings, corpus: Corpus, targets: Targets, windows: 
     for rows in results["splits"].values():
         rows["members"] = [{"number": number, **row} for number, row in zip(_member_numbers(settings), rows["members"], strict=True)]
     return results | {
-        "references": {split: _about(_references(own, corpus), corpus, split, recogniser.graph) for split, own in windows.items()},
+        "references": _about_references({split: _references(own, corpus) for split, own in windows.items()}, corpus, recogniser.graph),
         "decoding": asdict(recogniser.decoding),
         "curves": {name: _curves(settings.output / folder) for name, folder in TRAINED_IN.items()},
         "exclusions": _exclusions(settings, corpus),
@@ -147,14 +147,16 @@ def _references(windows: Windows, corpus: Corpus) -> dict[str, tuple[str, ...]]:
     return {utt_id: words[utt_id] for utt_id in windows.utt_ids}
 
 
-def _about(references: Mapping[str, Sequence[str]], corpus: Corpus, split: str, graph: Path) -> dict[str, Any]:
-    """What of a split's words no system can recognise, and which of its speakers are trained on."""
-    vocabulary = set(read_graph_info(graph)[1])
-    known = set(corpus.train) | set(corpus.tuning)
-    trained_on = {speaker for utt_id, speaker in corpus.speakers.items() if utt_id in known}
-    words = [word for own in references.values() for word in own]
-    return {"words": len(words), "out_of_vocabulary": sum(word not in vocabulary for word in words),
-            "speakers_in_training": sorted({corpus.speakers[utt_id] for utt_id in references} & trained_on)}
+def _about_references(references: Mapping[str, Mapping[str, Sequence[str]]], corpus: Corpus, graph: Path) -> dict[str, dict[str, Any]]:
+    """What of each split's words no system can recognise, and which of its speakers are trained on."""
+    vocabulary, speakers = set(read_graph_info(graph)[1]), corpus.speakers
+    trained_on = {speakers[utt_id] for utt_id in (*corpus.train, *corpus.tuning)}
+    about = {}
+    for split, own in references.items():
+        words = [word for spoken in own.values() for word in spoken]
+        about[split] = {"words": len(words), "out_of_vocabulary": sum(word not in vocabulary for word in words),
+                        "speakers_in_training": sorted({speakers[utt_id] for utt_id in own} & trained_on)}
+    return about
 
 
 def score_system(network: Ensemble, split: str, windows: Windows, corpus: Corpus, targets: Targets, hypotheses: Mapping[str, Sequence[str]]) -> dict[str, Any]:
