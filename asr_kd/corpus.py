@@ -101,13 +101,13 @@ def prepare_corpus(settings: Settings, data_folder: Path) -> tuple[Corpus, Recor
     if not train:
         raise AsrKdError("tuning_speakers: nobody is left to train on; hold out fewer")
     evaluation = [names[split] for split in (*settings.dev_splits, *settings.test_splits)]
-    _check_apart(in_training, {name: splits[name] for name in evaluation})
+    check_apart(in_training, {name: splits[name] for name in evaluation})
     log.info("corpus: %d utterances to train on, %d for tuning (speakers %s), %s", len(train), len(tuning), ", ".join(sorted(tuning_speakers)),
              ", ".join(f"{len(splits[name])} in {name}" for name in evaluation))
     return Corpus(splits, train, tuning, evaluation, inputs), record
 
 
-def _check_apart(in_training: Sequence[Utterance], evaluation: Mapping[str, Sequence[Utterance]]) -> None:
+def check_apart(in_training: Sequence[Utterance], evaluation: Mapping[str, Sequence[Utterance]]) -> None:
     """Raise `AsrKdError` where a reported split holds a recording of the training splits; warn of speakers that are in both."""
     trained_on = {utterance.wav: utterance.utt_id for utterance in in_training}
     speakers = {utterance.spk_id for utterance in in_training}

@@ -154,7 +154,7 @@ def distillation_loss(
     rows = _as_rows(soft_targets, hard_targets, valid)
     settings = _Settings(float(temperature), float(hard_weight), kl, fused)
     flat = logits.reshape(-1, logits.shape[-1])
-    return _reduce(_losses_of_rows(flat, rows, settings).reshape(logits.shape[:-1]), valid, reduction)
+    return _reduce(_losses_of_rows(flat, rows, settings, reduction).reshape(logits.shape[:-1]), valid, reduction)
 
 
 class DistillationLoss(nn.Module):
@@ -261,29 +261,41 @@ class _Rows(NamedTuple):
         return rows._replace(valid=None) if unpadded else rows  # spares the masking
 
 
-def _losses_of_rows(logits: Tensor, rows: _Rows, settings: _Settings) -> Tensor:
+def _losses_of_rows(logits: Tensor, rows: _Rows, settings: _Settings, reduction: Reduction) -> Tensor:
     """Losses (N,) of N frames, differentiable."""
     if torch.compiler.is_compiling() or any(map(_is_wrapped, (logits, *rows))) or forward_ad._current_level >= 0:
         return _row_losses(logits, rows, settings)  # a compiler fuses it itself; torch.func and forward mode differentiate it
-    wanted = logits.requires_grad and torch.is_grad_enabled()
-    return cast(Tensor, _RowLosses.apply(logits, *rows, settings, wanted))  # type: ignore[no-untyped-call]
+    weight = _expected_weight(rows, reduction) if logits.requires_grad and torch.is_grad_enabled() else None
+    return cast(Tensor, _RowLosses.apply(logits, *rows, settings, weight))  # type: ignore[no-untyped-call]
+
+
+def _expected_weight(rows: _Rows, reduction: Reduction) -> float:
+    """What the backward pass will most likely multiply the gradient of each frame's loss by; 1 where that is not known without waiting for a device."""
+    if reduction != "mean":
+        return 1.0
+    if rows.valid is None:
+        return 1 / max(1, len(rows.probabilities))
+    return 1 / max(1, int(rows.valid.sum())) if rows.valid.device.type == "cpu" else 1.0
 
 
 class _RowLosses(torch.autograd.Function):
-    """Losses of N frames; where a gradient is wanted it is made beside them, with the same softmax, and handed out by the first backward pass."""
+    """Losses of N frames; where a gradient is wanted it is made beside them, with the same softmax, and handed out by the first backward pass.
+
+    It is kept times the weight that is expected for it (None: it is not wanted), in the type that is handed out where that has float32's range.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, *args: Any) -> Tensor:
-        rows, ctx.settings, wanted = _Rows(*args[:-2]), args[-2], args[-1]
+        rows, ctx.settings, ctx.weight = _Rows(*args[:-2]), args[-2], args[-1]
         ctx.save_for_backward(logits, *rows)
         if logits.device.type == "cpu":
             _check_values(rows, logits.shape[-1])
         ctx.kernels, ctx.gradient = _fused_kernels(logits, rows, ctx.settings), None
         if ctx.kernels is not None:
             return cast(Tensor, ctx.kernels.row_losses(logits, rows, ctx.settings))
-        if not wanted:
+        if ctx.weight is None:
             return torch.cat([_row_losses(logits[block], rows.block(block), ctx.settings) for block in _blocks(logits)])
-        losses, ctx.gradient = _losses_and_gradients(logits, rows, ctx.settings)
+        losses, ctx.gradient = _losses_and_gradients(logits, rows, ctx.settings, ctx.weight)
         return losses
 
     @staticmethod
@@ -298,16 +310,29 @@ class _RowLosses(torch.autograd.Function):
             return ctx.kernels.row_gradients(logits, rows, ctx.settings, weights), *others
         gradient, ctx.gradient = ctx.gradient, None
         if gradient is None:  # a second backward pass over the same graph, or none by the kernels
-            gradient = _losses_and_gradients(logits, rows, ctx.settings)[1]
-        weights = (weights if rows.valid is None else weights.masked_fill(~rows.valid, 0)).unsqueeze(-1)
-        return (gradient * weights if many else gradient.mul_(weights)).to(logits.dtype), *others
+            gradient = _losses_and_gradients(logits, rows, ctx.settings, ctx.weight)[1]
+        if not many and weights.device.type == "cpu" and bool((weights == ctx.weight).all()):
+            return gradient.to(logits.dtype), *others
+        weights = (weights if rows.valid is None else weights.masked_fill(~rows.valid, 0)).div(ctx.weight).unsqueeze(-1)
+        if many:
+            return (gradient * weights).to(logits.dtype), *others
+        for block in _blocks(gradient):  # which of bfloat16 times float32 makes float32 temporaries
+            gradient[block].mul_(weights[block])
+        return gradient.to(logits.dtype), *others
 
 
-def _losses_and_gradients(logits: Tensor, rows: _Rows, settings: _Settings) -> tuple[Tensor, Tensor]:
-    """Losses (N,) and the gradient (N, C) of their sum, by blocks."""
-    gradient = logits.new_empty(logits.shape, dtype=torch.promote_types(logits.dtype, torch.float32))
-    losses = [_losses_and_gradient(logits[block], rows.block(block), settings, gradient[block]) for block in _blocks(logits)]
-    return torch.cat(losses), gradient
+def _losses_and_gradients(logits: Tensor, rows: _Rows, settings: _Settings, weight: float) -> tuple[Tensor, Tensor]:
+    """Losses (N,) and `weight` times the gradient (N, C) of their sum, in bfloat16 for bfloat16 logits, by blocks."""
+    dtype, blocks = torch.promote_types(logits.dtype, torch.float32), _blocks(logits)
+    kept = logits.new_empty(logits.shape, dtype=torch.bfloat16 if logits.dtype == torch.bfloat16 else dtype)
+    scratch = None if kept.dtype == dtype else logits.new_empty(logits[blocks[0]].shape, dtype=dtype)  # one for all, so that it stays in the cache
+    losses = []
+    for block in blocks:
+        gradient = kept[block] if scratch is None else scratch[:len(kept[block])]
+        losses.append(_losses_and_gradient(logits[block], rows.block(block), settings, gradient, weight))
+        if scratch is not None:
+            kept[block] = gradient
+    return torch.cat(losses), kept
 
 
 def _fused_kernels(logits: Tensor, rows: _Rows, settings: _Settings) -> ModuleType | None:
@@ -363,8 +388,8 @@ def _row_losses(logits: Tensor, rows: _Rows, settings: _Settings) -> Tensor:
     return losses if rows.valid is None else losses.masked_fill(~rows.valid, 0)
 
 
-def _losses_and_gradient(logits: Tensor, rows: _Rows, settings: _Settings, gradient: Tensor) -> Tensor:
-    """(N, C) -> (N,); also fills `gradient` (N, C): T * (mass * q - p) + hard_weight * (softmax(z) - onehot(y)). Works in place."""
+def _losses_and_gradient(logits: Tensor, rows: _Rows, settings: _Settings, gradient: Tensor, weight: float = 1.0) -> Tensor:
+    """(N, C) -> (N,); also fills `gradient` (N, C): `weight` times T * (mass * q - p) + hard_weight * (softmax(z) - onehot(y)). Works in place."""
     temperature, hard_weight, kl, _ = settings
     logits, rows = _without_padding(logits, rows)
     p, mass = rows.probabilities, rows.probabilities.sum(-1)
@@ -388,28 +413,29 @@ def _losses_and_gradient(logits: Tensor, rows: _Rows, settings: _Settings, gradi
             mass = mass + each.squeeze(-1) * num_unlisted
     soft = mass * total.log() - math.log(2) * score
     losses = temperature**2 * (soft - _entropy(rows, logits.shape[-1]) if kl else soft)
-    factor = (temperature * mass / total).unsqueeze(-1)  # T * mass * q is this times the exponentials
+    of_soft, of_hard = weight * temperature, weight * hard_weight  # what the gradients of the two terms are multiplied by
+    factor = (of_soft * mass / total).unsqueeze(-1)  # weight * T * mass * q is this times the exponentials
     if rows.hard is None:
         gradient.mul_(factor)
     else:
         hard = rows.hard.unsqueeze(-1)
         if temperature == 1:
             hard_total = total
-            gradient.mul_(factor + (hard_weight / hard_total).unsqueeze(-1))
+            gradient.mul_(factor + (of_hard / hard_total).unsqueeze(-1))
         elif posteriors is None:  # at T = 2, where exp(z) is the square of exp(z / 2)
             hard_total = torch.linalg.vector_norm(exponentials, dim=-1).square()
-            gradient.mul_(torch.mul(exponentials, (hard_weight / hard_total).unsqueeze(-1), out=tempered).add_(factor))
+            gradient.mul_(torch.mul(exponentials, (of_hard / hard_total).unsqueeze(-1), out=tempered).add_(factor))
         else:
             hard_total = posteriors.sum(-1)
-            gradient.mul_(factor).add_(posteriors.mul_((hard_weight / hard_total).unsqueeze(-1)))
+            gradient.mul_(factor).add_(posteriors.mul_((of_hard / hard_total).unsqueeze(-1)))
         losses += hard_weight * (hard_total.log() + (top - logits.gather(-1, hard)).squeeze(-1))
-        gradient.scatter_add_(-1, hard, gradient.new_full(hard.shape, -hard_weight))
+        gradient.scatter_add_(-1, hard, gradient.new_full(hard.shape, -of_hard))
     if rows.indices is None:
-        gradient.sub_(p, alpha=temperature)
+        gradient.sub_(p, alpha=of_soft)
     elif each is None:
-        gradient.scatter_add_(-1, rows.indices, -temperature * p)
+        gradient.scatter_add_(-1, rows.indices, -of_soft * p)
     else:
-        gradient.sub_(temperature * each).scatter_add_(-1, rows.indices, temperature * (each - p))
+        gradient.sub_(of_soft * each).scatter_add_(-1, rows.indices, of_soft * (each - p))
     if rows.valid is not None:
         gradient.masked_fill_(~rows.valid.unsqueeze(-1), 0)
         losses.masked_fill_(~rows.valid, 0)

@@ -55,16 +55,30 @@ def choose_precision(requested: str, device: torch.device, shape: tuple[int, int
 def precision_context(precision: str, device: torch.device) -> Iterator[None]:
     """Run matrix products in `precision` ("fp32" or "bf16"); float32 means float32, so TF32 is off inside, and bfloat16 products are summed in float32.
 
+    torch has two settings for TF32 and refuses to mix them: the one is used that the caller uses, by default the older.
+
     Rounded weights are not cached: they would stay as they were while the optimiser changes the weights.
     """
     matmul = torch.backends.cuda.matmul
-    earlier = matmul.allow_tf32, matmul.allow_bf16_reduced_precision_reduction
-    matmul.allow_tf32 = matmul.allow_bf16_reduced_precision_reduction = False
+    setting, off = _tf32_setting()
+    earlier = getattr(matmul, setting), matmul.allow_bf16_reduced_precision_reduction
+    setattr(matmul, setting, off)
+    matmul.allow_bf16_reduced_precision_reduction = False
     try:
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16", cache_enabled=False):
             yield
     finally:
-        matmul.allow_tf32, matmul.allow_bf16_reduced_precision_reduction = earlier
+        matmul.allow_bf16_reduced_precision_reduction = earlier[1]
+        setattr(matmul, setting, earlier[0])
+
+
+def _tf32_setting() -> tuple[str, bool | str]:
+    """Name of the setting in `torch.backends.cuda.matmul` that the caller uses, and its value for "off"."""
+    try:
+        torch.backends.cuda.matmul.allow_tf32  # noqa: B018 (raises where the newer one was used)
+    except RuntimeError:
+        return "fp32_precision", "ieee"
+    return "allow_tf32", False
 
 
 def _now(device: torch.device) -> float:

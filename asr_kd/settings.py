@@ -18,6 +18,7 @@ import yaml  # type: ignore[import-untyped]
 from hyperpyyaml.core import resolve_references
 
 from asr_kd.errors import AsrKdError
+from asr_kd.losses import LEAST_TEMPERATURE
 
 
 @dataclass(frozen=True)
@@ -278,8 +279,8 @@ _RANGES: tuple[tuple[float, float, str, tuple[str, ...]], ...] = (
     (1, _LARGEST, "1 or more", ("num_mels", "lm_order", "num_states", "num_gaussians", "mono_passes", "tri_passes", "hidden_layers", "hidden_units",
                                 "num_teachers", "batch_frames", "student_hidden_layers", "student_hidden_units", "max_active", "tuning_utterances",
                                 "decoded_members", "num_jobs")),
-    (_ABOVE_0, _LARGEST, "a finite number above 0", ("synthetic_minutes", "teacher_epochs", "learning_rate", "temperature", "sweep_temperatures",
-                                                     "student_epochs", "beam", "acoustic_scales")),
+    (_ABOVE_0, _LARGEST, "a finite number above 0", ("synthetic_minutes", "teacher_epochs", "learning_rate", "student_epochs", "beam", "acoustic_scales")),
+    (LEAST_TEMPERATURE, _LARGEST, f"a finite number, {LEAST_TEMPERATURE:g} or more", ("temperature", "sweep_temperatures")),
     (0, _LARGEST, "a finite number, 0 or more", ("left_context", "right_context", "network_realignments", "hard_weight", "frames_in_memory_gb")),
     (1000, _LARGEST, "1000 or more", ("sample_rate",)),
     (0, 0.99, "0 to 0.99", ("dropout", "student_dropout")),

@@ -12,11 +12,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from asr_kd.cli import guarded
+from asr_kd.errors import AsrKdError
 from asr_kd.experiment import check_device
 from asr_kd.features import CMVN, FbankOptions, extract_features
-from asr_kd.frames import FrameStore
+from asr_kd.frames import FRAMES, FrameStore
 from asr_kd.manifest import load_split, write_exclusions
 from asr_kd.settings import make_settings
+
+
+def check_ours(folder: Path) -> None:
+    """Raise `AsrKdError` where the folder holds an array that is not of an earlier run, for it would be replaced."""
+    if (folder / FRAMES).exists():
+        try:
+            FrameStore(folder)
+        except AsrKdError as error:
+            raise AsrKdError(f"{folder / FRAMES}: expected features that an earlier run wrote, to be replaced; give another folder or remove it") from error
 
 
 def main(words: Sequence[str]) -> None:
@@ -33,6 +43,7 @@ def main(words: Sequence[str]) -> None:
     make_settings({"output_folder": str(arguments.folder), "data_folder": str(arguments.data_folder), "train_splits": ["any"], "num_mels": arguments.num_mels,
                    "speeds": [arguments.speed], "num_jobs": arguments.num_jobs})  # refuses numbers out of range
     check_device(arguments.device)
+    check_ours(arguments.folder)
     utterances, unusable = load_split(arguments.split, arguments.data_folder)
     excluded = unusable + extract_features(utterances, arguments.folder, FbankOptions(num_mels=arguments.num_mels), arguments.cmvn, arguments.device,
                                            arguments.speed, arguments.num_jobs)

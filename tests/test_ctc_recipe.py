@@ -16,6 +16,7 @@ from speechbrain import Stage
 from speechbrain.dataio.batch import PaddedBatch
 
 from asr_kd.errors import AsrKdError
+from asr_kd.experiment import alone_in
 from asr_kd.model import save_tensors
 
 ROOT = Path(__file__).parent.parent
@@ -159,6 +160,13 @@ def test_a_refused_run_leaves_the_folder_as_it_was(recipe: ModuleType, corpus: P
     with pytest.raises(AsrKdError, match="unknown teachers"):
         run(recipe, corpus, tmp_path)
     assert (tmp_path / "hyperparams.yaml").read_text() == "of the model"
+
+
+def test_speech_that_is_trained_on_is_not_tested_on_nor_two_runs_made_in_one_folder(recipe: ModuleType, corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(AsrKdError, match=r"of test_splits and .* of the training splits, expected speech that was not trained on"):
+        run(recipe, corpus, tmp_path / "a", test_splits="[train-mini]")
+    with alone_in(tmp_path / "b"), pytest.raises(AsrKdError, match="another run works here"):
+        run(recipe, corpus, tmp_path / "b")
 
 
 def test_an_untrained_model_is_not_left_as_a_trained_one(recipe: ModuleType, corpus: Path, tmp_path: Path) -> None:

@@ -53,6 +53,18 @@ def test_features_lists_what_the_manifest_and_what_the_audio_left_out(tmp_path: 
     assert f"b,{tmp_path}/b.wav: not readable as audio" in listed
 
 
+def test_features_replace_those_of_an_earlier_run_only(tmp_path: Path) -> None:
+    soundfile.write(tmp_path / "a.wav", np.random.default_rng(0).normal(0, 0.1, 8000), 16000)
+    (tmp_path / "m.csv").write_text("ID,duration,wav,spk_id,wrd\na,0.5,a.wav,s,A\n")
+    for num_mels in (40, 23):
+        run("features.py", tmp_path / "m.csv", tmp_path / "features", "--num_mels", num_mels)
+        assert FrameStore(tmp_path / "features").frames.shape == (48, num_mels)
+    np.save(tmp_path / "frames.npy", np.zeros(3))
+    with pytest.raises(AsrKdError, match=r"frames\.npy: expected features that an earlier run wrote"):
+        run("features.py", tmp_path / "m.csv", tmp_path)
+    assert np.load(tmp_path / "frames.npy").shape == (3,)
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["--speed", "0"], r"speeds is \[0.0\], expected numbers from 0.5 to 2"),
     (["--speed", "nan"], r"speeds is \[nan\]"),

@@ -39,7 +39,7 @@ def test_overrides_in_both_forms_and_references(tmp_path: Path) -> None:
     ({"temprature": 2}, "did you mean 'temperature'"),
     ({"num_states": "many"}, "num_states is 'many', expected int"),
     ({"num_states": True}, "num_states is True, expected int"),
-    ({"temperature": 0}, "temperature is 0.0, expected a finite number above 0"),
+    ({"temperature": 0}, "temperature is 0.0, expected a finite number, 1e-20 or more"),
     ({"hard_weight": -1}, "hard_weight is -1.0"),
     ({"cmvn": "file"}, "cmvn is 'file', expected one of speaker, utterance, corpus, none"),
     ({"speeds": ["fast"]}, "speeds is 'fast', expected float"),
@@ -67,8 +67,9 @@ NAN, INF = float("nan"), float("inf")
 BAD_NUMBERS: list[tuple[str, list[object]]] = [
     ("num_mels lm_order num_states num_gaussians mono_passes tri_passes hidden_layers hidden_units num_teachers batch_frames student_hidden_layers "
      "student_hidden_units max_active tuning_utterances decoded_members num_jobs", [0, -1]),
-    ("teacher_epochs learning_rate temperature student_epochs beam", [0, -1, NAN, INF]),
-    ("sweep_temperatures acoustic_scales", [[], [1.0, 0], [NAN], [INF], [1.0, 2.0, 1.0000001]]),
+    ("teacher_epochs learning_rate student_epochs beam", [0, -1, NAN, INF]),
+    ("temperature", [0, 1e-21, -1, NAN, INF]),
+    ("sweep_temperatures acoustic_scales", [[], [1.0, 0], [1.0, -1e-21], [NAN], [INF], [1.0, 2.0, 1.0000001]]),
     ("left_context right_context network_realignments", [-1]),
     ("hard_weight frames_in_memory_gb", [-0.1, NAN, INF]),
     ("dropout student_dropout", [-0.1, 0.999, 1.0, NAN]),

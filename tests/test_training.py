@@ -170,6 +170,26 @@ def test_precision_is_measured_or_refused() -> None:
         choose_precision("fp16", cpu, (1, 64, 64, 64))
 
 
+@pytest.mark.parametrize("setting", [None, "older", "newer", "for all devices"])
+def test_tf32_is_off_inside_and_as_the_caller_set_it_outside(setting: str | None) -> None:
+    """In a process of its own: torch refuses to read one of its two settings once the other was used."""
+    use = {None: "", "older": "torch.set_float32_matmul_precision('high')", "newer": "matmul.fp32_precision = 'tf32'",
+           "for all devices": "torch.backends.fp32_precision = 'tf32'"}[setting]
+    code = f"""import torch
+from asr_kd.precision import precision_context
+matmul = torch.backends.cuda.matmul
+{use}
+for precision in ("fp32", "bf16"):
+    before = matmul.fp32_precision == "tf32"
+    with precision_context(precision, torch.device("cpu")):
+        assert matmul.fp32_precision != "tf32"
+    assert (matmul.fp32_precision == "tf32") == before
+print(before)
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert found.strip() == str(setting is not None)
+
+
 def test_heldout_accuracy_takes_a_tie_for_one_state_only(heldout: FrameData) -> None:
     networks = Ensemble(SHAPE, [1])
     with torch.no_grad():

@@ -25,7 +25,9 @@ from speechbrain.utils.distributed import run_on_main
 from torch import Tensor, nn
 
 from asr_kd.audio import read_audio
+from asr_kd.corpus import check_apart
 from asr_kd.errors import AsrKdError
+from asr_kd.experiment import alone_in
 from asr_kd.losses import average_teachers
 from asr_kd.manifest import Utterance, load_splits
 from asr_kd.model import save_tensors
@@ -160,6 +162,7 @@ def load_data(hparams: dict[str, Any]) -> dict[str, sb.dataio.dataset.DynamicIte
     if missing:
         raise AsrKdError(f"tuning_speakers {sorted(missing)} are not in {hparams['train_splits']}; name speakers of the training splits")
     test, _ = load_splits(hparams["test_splits"], hparams["data_folder"])
+    check_apart(known, {"test_splits": test})
     train = training_hours([u for u in known if u.spk_id not in tuning], hparams["train_hours"])
     splits = {"train": train, "valid": [u for u in known if u.spk_id in tuning], "test": test}
     return {name: dataset(utterances, hparams["alphabet"], hparams["sample_rate"]) for name, utterances in splits.items()}
@@ -191,6 +194,12 @@ def main(arguments: Sequence[str]) -> None:
     sb.utils.distributed.ddp_init_group(run_opts)  # under torchrun
     with open(hparams_file, encoding="utf-8") as file:
         hparams = load_hyperpyyaml(file, overrides)
+    with alone_in(Path(hparams["output_folder"])):
+        run(hparams, hparams_file, overrides, run_opts)
+
+
+def run(hparams: dict[str, Any], hparams_file: str, overrides: str, run_opts: dict[str, Any]) -> None:
+    """Train a model, or score an ensemble for `number_of_epochs` 0."""
     ensemble = hparams["teachers"] and hparams["number_of_epochs"] == 0
     if hparams["number_of_epochs"] == 0 and not ensemble:
         raise AsrKdError("number_of_epochs: 0 and no teachers, expected teachers to score as an ensemble, or epochs to train a model")
