@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from asr_kd.losses import SparseTargets, distillation_loss
+from asr_kd.losses import SparseTargets, distillation_loss, row_blocks
 
 _CPU_BLOCK_ELEMENTS = 2**18  # a block and its temporary stay in the second-level cache
 
@@ -49,8 +49,7 @@ class _HardLosses(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         members, num_frames, num_states = logits.shape
         rows, ids = logits.detach().view(-1, num_states), targets.repeat(members)[:, None]
-        block_rows = max(1, _CPU_BLOCK_ELEMENTS // num_states) if logits.device.type == "cpu" else len(rows)
-        parts = [_block(block, block_ids, num_frames) for block, block_ids in zip(torch.split(rows, block_rows), torch.split(ids, block_rows), strict=True)]
+        parts = [_block(rows[block], ids[block], num_frames) for block in row_blocks(rows, _CPU_BLOCK_ELEMENTS)]
         losses, correct = (torch.cat(part).view(members, num_frames) for part in zip(*parts, strict=True))
         ctx.gradient = logits.detach()
         ctx.mark_non_differentiable(counts := correct.sum(1))

@@ -367,10 +367,13 @@ def _working_kernels(device: torch.device) -> ModuleType | None:
 
 
 def _blocks(logits: Tensor) -> list[slice]:
-    num_rows, num_classes = logits.shape
-    elements = CPU_BLOCK_ELEMENTS if logits.device.type == "cpu" else max(MIN_BLOCK_ELEMENTS, logits.numel() // NUM_BLOCKS)
-    step = max(1, elements // num_classes)
-    return [slice(start, start + step) for start in range(0, max(1, num_rows), step)]
+    return row_blocks(logits, CPU_BLOCK_ELEMENTS if logits.device.type == "cpu" else max(MIN_BLOCK_ELEMENTS, logits.numel() // NUM_BLOCKS))
+
+
+def row_blocks(rows: Tensor, elements: int) -> list[slice]:
+    """Rows (N, C) in blocks of equal size (but the last), of about so many elements each: at most half as many again."""
+    step = max(1, -(-len(rows) // max(1, round(rows.numel() / elements))))
+    return [slice(start, start + step) for start in range(0, max(1, len(rows)), step)]
 
 
 def _row_losses(logits: Tensor, rows: _Rows, settings: _Settings) -> Tensor:
