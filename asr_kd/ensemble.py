@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from asr_kd.errors import AsrKdError
-from asr_kd.model import AcousticModel, ModelShape, load_checked, load_tensors, read_shape, save_tensors
+from asr_kd.model import AcousticModel, ModelShape, copy_checked, load_tensors, read_shape, save_tensors
 
 _DROPOUT_LEVELS = 256  # masks are compared as bytes, so the dropout rate is rounded to 1/256
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
@@ -28,8 +29,7 @@ class Ensemble(nn.Module):
         drawn: False leaves the weights undrawn, to be overwritten.
 
     Attributes:
-        weights: per layer (K, in, out).
-        biases: per layer (K, 1, out).
+        values: (K, P) all weights and biases. A member's lie together, so that clipping, updates and sums over processes are few operations.
         input_mean, input_scale: (input_dim,), shared.
     """
 
@@ -45,18 +45,32 @@ class Ensemble(nn.Module):
         members = [AcousticModel(shape, seed if drawn else None) for seed in seeds]
         self.register_buffer("input_mean", members[0].input_mean)
         self.register_buffer("input_scale", members[0].input_scale)
-        self.weights = nn.ParameterList(_stacked_weights(members))
-        self.biases = nn.ParameterList(_stacked_biases(members))
+        self.values = nn.Parameter(_rows_of(members))
 
     def __len__(self) -> int:
         return len(self.seeds)
 
-    def forward(self, inputs: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
-        """Logits (K, N, num_states) of windows (N, input_dim); dropout is applied when there are `generators`, one per member."""
+    @property
+    def weights(self) -> list[Tensor]:
+        """Per layer (K, in, out), views of `values`."""
+        return layer_views(self.values, self.shape)[0]
+
+    @property
+    def biases(self) -> list[Tensor]:
+        """Per layer (K, 1, out), views of `values`."""
+        return layer_views(self.values, self.shape)[1]
+
+    def forward(self, inputs: Tensor, generators: Sequence[torch.Generator] | None = None, gradient: Tensor | None = None) -> Tensor:
+        """Logits (K, N, num_states) of windows (N, input_dim).
+
+        Args:
+            generators: one per member; dropout is applied when there are any.
+            gradient: (K, P) memory that the backward pass writes the gradient of `values` to, and hands out; new memory by default.
+        """
         normalised = torch.addcmul(-self.input_mean * self.input_scale, inputs, self.input_scale)  # (N, input_dim)
-        hidden_units, dropout = self.shape.hidden_units, 0.0 if generators is None else self.shape.dropout
-        masks = [keep_masks(generators or [], len(inputs), hidden_units, dropout) for _ in range(self.shape.hidden_layers)]
-        logits: Tensor = _Layers.apply(normalised, masks, rescaling(dropout), *self.weights, *self.biases)  # type: ignore[no-untyped-call]
+        dropout = 0.0 if generators is None else self.shape.dropout
+        masks = keep_masks(generators or [], (self.shape.hidden_layers, len(inputs), self.shape.hidden_units), dropout)
+        logits: Tensor = _Layers.apply(normalised, self.values, self.shape, masks, rescaling(dropout), gradient)  # type: ignore[no-untyped-call]
         return logits
 
     def member(self, k: int) -> AcousticModel:
@@ -83,8 +97,7 @@ class Ensemble(nn.Module):
                                  "stack models of one training run")
         with torch.no_grad():
             ensemble.set_input_statistics(models[0].input_mean, models[0].input_scale)
-            for parameter, stacked in zip(ensemble.parameters(), _stacked_weights(models) + _stacked_biases(models), strict=True):
-                parameter.copy_(stacked)
+            ensemble.values.copy_(_rows_of(models))
         return ensemble
 
     def set_input_statistics(self, mean: Tensor, scale: Tensor) -> None:
@@ -94,7 +107,7 @@ class Ensemble(nn.Module):
 
     def save(self, path: Path | str) -> None:
         """Write all members as one safetensors file, atomically."""
-        save_tensors(path, self.state_dict(), {"shape": json.dumps(asdict(self.shape)), "seeds": json.dumps(self.seeds)})
+        save_tensors(path, self._named_tensors(), {"shape": json.dumps(asdict(self.shape)), "seeds": json.dumps(self.seeds)})
 
     @classmethod
     def load(cls, path: Path | str) -> Ensemble:
@@ -105,22 +118,32 @@ class Ensemble(nn.Module):
         """
         tensors, metadata = load_tensors(path)
         ensemble = cls(read_shape(path, metadata), json.loads(metadata.get("seeds", "[0]")), drawn=False)
-        load_checked(ensemble, tensors, path)
+        copy_checked(tensors, ensemble._named_tensors(), path)
         return ensemble
 
-
-def _stacked_weights(models: Sequence[AcousticModel]) -> list[Tensor]:
-    """Per layer (K, in, out)."""
-    return [torch.stack([layer.weight.t() for layer in layers]) for layers in zip(*(model.affine for model in models), strict=True)]
-
-
-def _stacked_biases(models: Sequence[AcousticModel]) -> list[Tensor]:
-    """Per layer (K, 1, out)."""
-    return [torch.stack([layer.bias[None] for layer in layers]) for layers in zip(*(model.affine for model in models), strict=True)]
+    def _named_tensors(self) -> dict[str, Tensor]:
+        """What a file holds."""
+        weights, biases = layer_views(self.values.detach(), self.shape)
+        return {"input_mean": self.input_mean, "input_scale": self.input_scale, **{f"weights.{i}": weight for i, weight in enumerate(weights)},
+                **{f"biases.{i}": bias for i, bias in enumerate(biases)}}
 
 
-def keep_masks(generators: Sequence[torch.Generator], rows: int, units: int, dropout: float) -> Tensor | None:
-    """Signed bytes (K, rows, units), -1 (all bits set) where a unit is kept and 0 where it is dropped; None without dropout.
+def _rows_of(models: Sequence[AcousticModel]) -> Tensor:
+    """(K, P): the weights, (in, out), then the biases of each model in a row."""
+    return torch.stack([torch.cat([layer.weight.detach().t().flatten() for layer in model.affine] + [layer.bias.detach() for layer in model.affine])
+                        for model in models])
+
+
+def layer_views(values: Tensor, shape: ModelShape) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights (K, in, out) and biases (K, 1, out) of each layer in rows (K, P)."""
+    dims = shape.layer_dims
+    parts = values.split_with_sizes([fan_in * fan_out for fan_in, fan_out in dims] + [fan_out for _, fan_out in dims], 1)
+    weights = [part.view(-1, *size) for part, size in zip(parts, dims, strict=False)]  # the rest are biases
+    return weights, [part[:, None] for part in parts[len(dims):]]
+
+
+def keep_masks(generators: Sequence[torch.Generator], shape: tuple[int, ...], dropout: float) -> Tensor | None:
+    """Signed bytes (K, *shape), -1 (all bits set) where a unit is kept and 0 where it is dropped; None without dropout.
 
     Eight decisions per 64-bit draw, and no tensor of booleans, which torch writes and reads one by one: thirty times faster on a
     CPU than `torch.nn.functional.dropout`.
@@ -128,11 +151,11 @@ def keep_masks(generators: Sequence[torch.Generator], rows: int, units: int, dro
     threshold = round(dropout * _DROPOUT_LEVELS)
     if threshold == 0:
         return None
-    device = generators[0].device
-    draws = torch.empty(len(generators), -(-rows * units // 8), dtype=torch.int64, device=device)
+    device, units = generators[0].device, math.prod(shape)
+    draws = torch.empty(len(generators), -(-units // 8), dtype=torch.int64, device=device)
     for draw, generator in zip(draws, generators, strict=True):
         draw.random_(-(2**63), None, generator=generator)
-    octets = draws.view(torch.uint8)[:, : rows * units].view(len(generators), rows, units)
+    octets = draws.view(torch.uint8)[:, :units].view(-1, *shape)
     return torch.ge(octets, threshold, out=torch.empty(octets.shape, dtype=torch.int8, device=device)).neg_()
 
 
@@ -142,7 +165,8 @@ def rescaling(dropout: float) -> float:
 
 
 class _Layers(torch.autograd.Function):
-    """Affine layers with ReLU and dropout between them: inputs (N, in), per hidden layer a mask or None, dropout's rescaling, weights, biases.
+    """Affine layers with ReLU and dropout between them: inputs (N, in), values (K, P), their shape, masks (K, hidden layers, N, hidden units) or None,
+    dropout's rescaling, memory for the gradient or None.
 
     Written as one function so that nothing but the products passes over activations more often than it must: dropout is a bitwise
     AND, its rescaling goes into the products, and the zeros that ReLU and dropout leave serve both in the backward pass. Under autocast
@@ -150,19 +174,19 @@ class _Layers(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, masks: list[Tensor | None], scale: float, *parameters: Tensor) -> Tensor:
-        kind, half = inputs.device.type, len(parameters) // 2
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameters[0].dtype
+    def forward(ctx: Any, inputs: Tensor, values: Tensor, shape: ModelShape, masks: Tensor | None, scale: float, gradient: Tensor | None) -> Tensor:
+        kind = inputs.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else values.dtype
         with torch.autocast(kind, enabled=False):
-            weights, biases = [weight.to(dtype) for weight in parameters[:half]], [bias.to(dtype) for bias in parameters[half:]]
-            layer_inputs = [inputs.to(dtype).expand(len(weights[0]), -1, -1)]  # (K, N, in), not copied; units come unscaled out of every hidden layer
-            for layer, mask in enumerate(masks):
+            weights, biases = ([own.to(dtype) for own in part] for part in layer_views(values, shape))
+            layer_inputs = [inputs.to(dtype).expand(len(values), -1, -1)]  # (K, N, in), not copied; units come unscaled out of every hidden layer
+            for layer in range(shape.hidden_layers):
                 hidden = torch.baddbmm(biases[layer], layer_inputs[layer], weights[layer], alpha=scale if layer else 1.0).relu_()  # (K, N, hidden_units)
-                if mask is not None:
+                if masks is not None:
                     bits = _INTEGERS[hidden.element_size()]
-                    hidden.view(bits).bitwise_and_(mask.to(bits))
+                    hidden.view(bits).bitwise_and_(masks[:, layer].to(bits))
                 layer_inputs.append(hidden)
-            ctx.scale, ctx.dtype = scale, parameters[0].dtype
+            ctx.shape, ctx.scale, ctx.gradient, ctx.dtype = shape, scale, gradient, values.dtype
             ctx.save_for_backward(*weights, *layer_inputs)
             return torch.baddbmm(biases[-1], layer_inputs[-1], weights[-1], alpha=scale)  # (K, N, S)
 
@@ -171,21 +195,26 @@ class _Layers(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         half = len(ctx.saved_tensors) // 2
         weights, layer_inputs = ctx.saved_tensors[:half], ctx.saved_tensors[half:]
-        of_weights: list[Tensor] = []
-        of_biases: list[Tensor] = []
         (gradient,) = gradients  # (K, N, S)
+        of_values = ctx.gradient
+        if of_values is None:
+            of_values = torch.empty(len(gradient), ctx.shape.num_values, dtype=ctx.dtype, device=gradient.device)
+        of_weights, of_biases = layer_views(of_values, ctx.shape)
         with torch.autocast(gradient.device.type, enabled=False):
             for layer in reversed(range(half)):
                 scale = ctx.scale if layer else 1.0
-                of_weights.insert(0, _scaled_product(layer_inputs[layer].transpose(1, 2), gradient, scale).to(ctx.dtype))
-                of_biases.insert(0, gradient.sum(1, keepdim=True).to(ctx.dtype))
+                _scaled_product(layer_inputs[layer].transpose(1, 2), gradient, scale, of_weights[layer])
+                of_biases[layer].copy_(gradient.sum(1, keepdim=True))
                 if layer:
                     of_units = _scaled_product(gradient, weights[layer].transpose(1, 2), scale)  # (K, N, hidden_units)
                     gradient = torch.ops.aten.threshold_backward(of_units, layer_inputs[layer], 0)
             of_inputs = torch.bmm(gradient, weights[0].transpose(1, 2)).sum(0).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        return of_inputs, None, None, *of_weights, *of_biases
+        return of_inputs, of_values, None, None, None, None
 
 
-def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """`scale` times the batched product, without a pass of its own for the scale."""
-    return torch.baddbmm(left.new_empty(1, 1, 1), left, right, beta=0, alpha=scale)  # with beta 0 the first argument is not read
+def _scaled_product(left: Tensor, right: Tensor, scale: float, result: Tensor | None = None) -> Tensor:
+    """`scale` times the batched product, without a pass of its own for the scale; written to `result` where there is one, of whatever type."""
+    nothing = left.new_empty(1, 1, 1)  # with beta 0 the first argument is not read
+    if result is None or result.dtype == left.dtype:
+        return torch.baddbmm(nothing, left, right, beta=0, alpha=scale, out=result)
+    return result.copy_(torch.baddbmm(nothing, left, right, beta=0, alpha=scale))

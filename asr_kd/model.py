@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -48,6 +49,11 @@ class ModelShape:
     def num_weights(self) -> int:
         """Multiplications per frame of one forward pass."""
         return sum(fan_in * fan_out for fan_in, fan_out in self.layer_dims)
+
+    @property
+    def num_values(self) -> int:
+        """P, weights and biases."""
+        return self.num_weights + sum(fan_out for _, fan_out in self.layer_dims)
 
 
 class AcousticModel(nn.Module):
@@ -103,7 +109,7 @@ class AcousticModel(nn.Module):
         """
         tensors, metadata = load_tensors(path)
         model = cls(read_shape(path, metadata), seed=None)
-        load_checked(model, tensors, path)
+        copy_checked(tensors, model.state_dict(), path)
         return model
 
 
@@ -141,11 +147,12 @@ def read_shape(path: Path | str, metadata: dict[str, str]) -> ModelShape:
         raise AsrKdError(f"{path}: no model shape in its metadata ({error!r}); expected a file written by asr_kd; train the model again") from error
 
 
-def load_checked(module: nn.Module, tensors: dict[str, Tensor], path: Path | str) -> None:
-    """Copy `tensors` into `module`, which must have the same names and shapes."""
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if found != expected:
-        name = min(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        raise AsrKdError(f"{path}: tensor {name} is {found.get(name, 'missing')}, expected {expected.get(name, 'none of that name')}; train the model again")
-    module.load_state_dict(tensors)
+def copy_checked(found: Mapping[str, Tensor], into: Mapping[str, Tensor], path: Path | str) -> None:
+    """Copy tensors of a file into those of the same names, whose shapes they must have."""
+    shapes, expected = ({name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (found, into))
+    if shapes != expected:
+        name = min(name for name in expected.keys() | shapes.keys() if expected.get(name) != shapes.get(name))
+        raise AsrKdError(f"{path}: tensor {name} is {shapes.get(name, 'missing')}, expected {expected.get(name, 'none of that name')}; train the model again")
+    with torch.no_grad():
+        for name, tensor in into.items():
+            tensor.copy_(found[name])

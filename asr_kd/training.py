@@ -10,7 +10,6 @@ process takes its share of each batch, gradients are summed, and all processes c
 from __future__ import annotations
 
 import copy
-import itertools
 import json
 import logging
 import pickle
@@ -39,7 +38,7 @@ from asr_kd.stage import atomic_path, fingerprint, write_text
 CHECKPOINT = "checkpoint.pt"
 CURVES = "curves.jsonl"
 _CHECK_STEPS = 100  # steps between looks at the losses: a look makes a GPU wait
-_FORMAT = 5  # of checkpoints
+_FORMAT = 6  # of checkpoints
 _NEVER = 2**62
 _PROGRESS = ("epoch", "batch", "step", "epochs", "precision", "best", "curves", "diverged")  # what a checkpoint holds of a trainer as it is
 
@@ -131,12 +130,15 @@ class _Trainer:
         if isinstance(data, FrameData):
             data.check_targets(networks.shape.num_states)
         heldout.check_targets(networks.shape.num_states)
-        self.parameters: list[Tensor] = list(networks.parameters())
-        self.members = [[parameter.detach()[k] for parameter in self.parameters] for k in range(len(networks))]  # views of the stacked memory
-        groups: list[dict[str, Any]] = [{"params": member} for member in self.members]
+        self.values = networks.values.detach()  # (K, P)
+        self.gradient = torch.zeros_like(self.values)
+        self.members = list(self.values)  # views
+        for member, gradient in zip(self.members, self.gradient, strict=True):
+            member.grad = gradient
+        groups: list[dict[str, Any]] = [{"params": [member]} for member in self.members]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay, fused=True)
         self.schedule = Schedule(settings.schedule, len(networks))
-        self.best = [parameter.detach().clone() for parameter in self.parameters]
+        self.best = self.values.clone()
         self.generators = [torch.Generator(self.device) for _ in networks.seeds]
         self.curves: list[dict[str, Any]] = []
         self.diverged: dict[int, int] = {}
@@ -154,8 +156,7 @@ class _Trainer:
         with precision_context(self.precision, self.device), progress(desc=self.folder.name, total=self.settings.schedule.max_epochs, unit="epoch") as bar:
             while not self._finished():
                 self._run_epoch(bar)
-        with torch.no_grad():
-            torch._foreach_copy_(self.parameters, self.best)
+        self.values.copy_(self.best)
         return TrainingResult(list(self.schedule.best), self.curves, self.diverged, self.precision)
 
     def _run_epoch(self, bar: Any) -> None:
@@ -219,12 +220,12 @@ class _Trainer:
         for generator, seed in zip(self.generators, self.networks.seeds, strict=True):
             generator.manual_seed(((seed * 1_000_003 + self.step) * world_size() + rank()) % 2**63)
         self.recent.append((self.part, frame_indices))
-        logits = self.networks(self.part.windows.gather(own), self.generators)  # (K, B, S)
+        logits = self.networks(self.part.windows.gather(own), self.generators, self.gradient)  # (K, B, S)
         targets = self.part.targets[own].long()
         losses, correct = self._losses(logits, targets, own)
         losses = losses * (len(own) / len(frame_indices))
-        torch.autograd.backward(losses.sum())
-        add_over_processes([_gradient(parameter) for parameter in self.parameters])
+        torch.autograd.grad(losses.sum(), self.networks.values)  # written to self.gradient
+        add_over_processes([self.gradient])
         self.sums.add(losses.detach(), correct, len(frame_indices), self.step)
         self._clip_gradients()
         self._update()
@@ -246,23 +247,18 @@ class _Trainer:
 
     def _clip_gradients(self) -> None:
         """Scale each member's gradient down to at most `max_grad_norm`."""
-        gradients = [_gradient(parameter) for parameter in self.parameters]
-        norms = torch.stack([torch.linalg.vector_norm(gradient.flatten(1), dim=1) for gradient in gradients]).norm(dim=0)  # (K,)
+        norms = torch.linalg.vector_norm(self.gradient, dim=1)  # (K,)
         factors = (self.settings.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
         if self.device.type == "cpu" and bool((factors == 1.0).all()):
             return
-        for gradient in gradients:
-            gradient.mul_(factors[:, None, None])
+        self.gradient.mul_(factors[:, None])
 
     def _update(self) -> None:
-        for k, (group, views) in enumerate(zip(self.optimizer.param_groups, self.members, strict=True)):
+        for k, (group, member) in enumerate(zip(self.optimizer.param_groups, self.members, strict=True)):
             group["lr"] = self.schedule.learning_rate(k, self.epochs)
-            for view, parameter in zip(views, self.parameters, strict=True):
-                view.grad = None if self.schedule.stopped[k] else _gradient(parameter)[k]
+            if self.schedule.stopped[k]:
+                member.grad = None
         self.optimizer.step()
-        for view in itertools.chain(*self.members):  # else the old gradients would stay in memory during the next step
-            view.grad = None
-        self.networks.zero_grad(set_to_none=True)
 
     def _check_losses(self) -> None:
         """Put members with a loss that was not finite back to their best weights, and train them no further."""
@@ -272,9 +268,7 @@ class _Trainer:
                 continue
             self.diverged[k] = step
             self.schedule.stop(k)
-            with torch.no_grad():
-                for parameter, best in zip(self.parameters, self.best, strict=True):
-                    parameter[k] = best[k]
+            self.values[k] = self.best[k]
             log.error("member %d: loss not finite at step %d; it keeps its best weights so far and trains no further", k, step)
         if len(self.networks) == len(self.diverged) > known:
             self._explain_divergence(max(self.diverged.values()))
@@ -293,12 +287,10 @@ class _Trainer:
     def _evaluate(self) -> None:
         accuracies = heldout_accuracy(self.networks, self.heldout, self.settings.heldout_frames)
         rates = [self.schedule.learning_rate(k, self.epochs) for k in range(len(self.networks))]
-        finite = torch.stack([parameter.detach().flatten(1).isfinite().all(1) for parameter in self.parameters]).all(0).tolist()
+        finite = self.values.isfinite().all(1).tolist()
         improved = self.schedule.observe([accuracy if whole else -1.0 for accuracy, whole in zip(accuracies, finite, strict=True)])
-        with torch.no_grad():
-            for k in (k for k, better in enumerate(improved) if better):
-                for parameter, best in zip(self.parameters, self.best, strict=True):
-                    best[k] = parameter[k]
+        for k in (k for k, better in enumerate(improved) if better):
+            self.best[k] = self.values[k]
         losses, train_accuracies = self.sums.over_processes().means()
         self.curves.append({"step": self.step, "epoch": round(self.epochs, 4), "learning_rate": rates, "train_loss": finite_or_none(losses),
                             "train_accuracy": finite_or_none(train_accuracies), "heldout_accuracy": accuracies})
@@ -323,7 +315,7 @@ class _Trainer:
         if rank() != 0:
             return
         state = {"fingerprint": self._fingerprint(), **{name: getattr(self, name) for name in _PROGRESS},
-                 "parameters": self.parameters, "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "sums": sums.__dict__}
+                 "values": self.values, "optimizer": self.optimizer.state_dict(), "schedule": self.schedule.state_dict(), "sums": sums.__dict__}
         with atomic_path(self.folder / CHECKPOINT, (RuntimeError,)) as part:
             torch.save(state, part)
 
@@ -335,8 +327,7 @@ class _Trainer:
         wait_for_all()  # the first process removes the checkpoint when training is over
         if state.get("fingerprint") != self._fingerprint():
             raise AsrKdError(f"{path}: a checkpoint of other settings, data or version than this run's; remove {self.folder} to train anew")
-        with torch.no_grad():
-            torch._foreach_copy_(self.parameters, state["parameters"])
+        self.values.copy_(state["values"])
         for name in _PROGRESS:
             setattr(self, name, state[name])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -398,12 +389,6 @@ def _read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
         raise AsrKdError(f"{path}: not readable as a checkpoint ({' '.join(str(error).split())[:100]}); remove it to train anew") from error
     return state
-
-
-def _gradient(parameter: Tensor) -> Tensor:
-    if parameter.grad is None:
-        raise RuntimeError("a parameter without gradient: backward() was not called")
-    return parameter.grad
 
 
 def _mean(values: list[float]) -> float:

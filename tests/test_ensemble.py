@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asr_kd.ensemble import Ensemble, keep_masks
+from asr_kd.ensemble import Ensemble, keep_masks, layer_views
 from asr_kd.errors import AsrKdError
 from asr_kd.model import AcousticModel, ModelShape
 
@@ -28,13 +28,14 @@ def test_outputs_and_gradients_are_those_of_single_models(members: int, rows: in
     sum(torch.nn.functional.cross_entropy(member, targets) for member in logits).backward()  # type: ignore[union-attr]
     of_inputs, inputs.grad = inputs.grad, None
     for k in range(members):
+        of_weights, of_biases = layer_views(ensemble.values.grad, shape)
         single = AcousticModel(shape, seed=k)
         single_logits = single(inputs)
         torch.testing.assert_close(logits[k], single_logits)
         torch.nn.functional.cross_entropy(single_logits, targets).backward()
         for i, layer in enumerate(single.affine):
-            torch.testing.assert_close(ensemble.weights[i].grad[k].t(), layer.weight.grad)  # type: ignore[index]
-            torch.testing.assert_close(ensemble.biases[i].grad[k, 0], layer.bias.grad)  # type: ignore[index]
+            torch.testing.assert_close(of_weights[i][k].t(), layer.weight.grad)
+            torch.testing.assert_close(of_biases[i][k, 0], layer.bias.grad)
     torch.testing.assert_close(of_inputs, inputs.grad)
 
 
@@ -42,23 +43,34 @@ def test_dropout_gradient_equals_that_of_plain_operations() -> None:
     shape = ModelShape(7, 2, 16, 5, dropout=0.25)
     ensemble, inputs = Ensemble(shape, [1, 2]), torch.randn(9, 7)
     ensemble(inputs, generators(8, 9)).square().sum().backward()
-    found = [parameter.grad.clone() for parameter in ensemble.parameters()]  # type: ignore[union-attr]
-    ensemble.zero_grad()
-    hidden, masks = inputs.expand(2, -1, -1), generators(8, 9)
-    for weight, bias in zip(list(ensemble.weights)[:-1], list(ensemble.biases)[:-1], strict=True):
-        keep = keep_masks(masks, 9, 16, 0.25)
-        assert keep is not None
-        hidden = torch.where(keep.bool(), (hidden @ weight + bias).relu() / 0.75, 0.0)
-    (hidden @ ensemble.weights[-1] + ensemble.biases[-1]).square().sum().backward()
-    for parameter, gradient in zip(ensemble.parameters(), found, strict=True):
-        torch.testing.assert_close(gradient, parameter.grad)
+    found, ensemble.values.grad = ensemble.values.grad, None
+    hidden, keep = inputs.expand(2, -1, -1), keep_masks(generators(8, 9), (2, 9, 16), 0.25)
+    assert keep is not None
+    weights, biases = ensemble.weights, ensemble.biases
+    for layer in range(2):
+        hidden = torch.where(keep[:, layer].bool(), (hidden @ weights[layer] + biases[layer]).relu() / 0.75, 0.0)
+    (hidden @ weights[-1] + biases[-1]).square().sum().backward()
+    torch.testing.assert_close(found, ensemble.values.grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_is_written_where_it_is_wanted(dtype: torch.dtype) -> None:
+    ensemble, inputs = Ensemble(SHAPE, [1, 2]), torch.randn(9, 7)
+    gradient = torch.full_like(ensemble.values, torch.nan)
+    found = []
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        for memory in (None, gradient):
+            found += torch.autograd.grad(ensemble(inputs, gradient=memory).square().sum(), ensemble.values)
+    assert found[1].data_ptr() == gradient.data_ptr()
+    assert torch.equal(found[0], gradient)
+    assert gradient.dtype == torch.float32
 
 
 @settings(max_examples=10, deadline=None)
 @given(rows=st.integers(1, 70), units=st.integers(1, 70), dropout=st.floats(0.05, 0.9))
 def test_masks_are_each_members_own(rows: int, units: int, dropout: float) -> None:
-    masks = keep_masks(generators(1, 2), rows, units, dropout)
-    alone = keep_masks(generators(2), rows, units, dropout)
+    masks = keep_masks(generators(1, 2), (rows, units), dropout)
+    alone = keep_masks(generators(2), (rows, units), dropout)
     assert masks is not None
     assert alone is not None
     assert masks.shape == (2, rows, units)
@@ -66,14 +78,14 @@ def test_masks_are_each_members_own(rows: int, units: int, dropout: float) -> No
 
 
 def test_masks_drop_the_share_they_are_asked_for() -> None:
-    masks = keep_masks(generators(1), 1000, 1000, 0.125)
+    masks = keep_masks(generators(1), (1000, 1000), 0.125)
     assert masks is not None
     assert set(masks.unique().tolist()) == {-1, 0}
     masks = -masks
     assert 1 - float(masks.float().mean()) == pytest.approx(0.125, abs=5 * (0.125 * 0.875 / 1e6) ** 0.5)
     by_octet = masks.view(-1, 8).float().mean(0)  # each byte of a draw is as random as the others
     assert float((by_octet - 0.875).abs().max()) < 5 * (0.125 * 0.875 / 125_000) ** 0.5
-    assert keep_masks(generators(1), 10, 10, 0.0) is None
+    assert keep_masks(generators(1), (10, 10), 0.0) is None
 
 
 def test_member_and_stack_are_inverse() -> None:
