@@ -130,8 +130,10 @@ class Ensemble(nn.Module):
 
 def _rows_of(models: Sequence[AcousticModel]) -> Tensor:
     """(K, P): the weights, (in, out), then the biases of each model in a row."""
-    return torch.stack([torch.cat([layer.weight.detach().t().flatten() for layer in model.affine] + [layer.bias.detach() for layer in model.affine])
-                        for model in models])
+    rows = torch.empty(len(models), models[0].shape.num_values, device=models[0].input_mean.device)
+    for row, layers in zip(rows, (model.affine for model in models), strict=True):
+        torch.cat([layer.weight.detach().t().flatten() for layer in layers] + [layer.bias.detach() for layer in layers], out=row)
+    return rows
 
 
 def layer_views(values: Tensor, shape: ModelShape) -> tuple[list[Tensor], list[Tensor]]:
