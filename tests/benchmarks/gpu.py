@@ -18,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,14 +76,15 @@ def step_s(step: Callable[[], None], device: torch.device, duration_s: float) ->
 
 
 def training(name: str, shape: ModelShape, members: int, batch: int, data: FrameData, folder: Path, duration_s: float, form: str | None) -> dict[str, Any]:
-    """Rate of training, with a form of soft targets or with hard ones."""
+    """Rate of training, with a form of soft targets (and then, as in the recipes, without dropout) or with hard ones."""
     device = data.device
     fused = _working_kernels(device) is not None
     if device.type == "cuda" and not fused:
         raise RuntimeError("the Triton kernels of the losses do not work here (see the warning above); install a C compiler and Python's headers")
     soft_targets = None if form is None else soft_target_store(folder / f"soft-{name}", data, shape, form, "bf16")
     peak_gb(device)  # from here on
-    step = trainer_step(Ensemble(shape, range(members)).to(device), data, soft_targets, "bf16", batch, folder)
+    trained = shape if form is None else replace(shape, dropout=0.0)
+    step = trainer_step(Ensemble(trained, range(members)).to(device), data, soft_targets, "bf16", batch, folder)
     with precision_context("bf16", device):
         seconds = step_s(step, device, duration_s)
         peak = peak_gb(device)
