@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -138,10 +139,10 @@ def _rows_of(models: Sequence[AcousticModel]) -> Tensor:
 
 def layer_views(values: Tensor, shape: ModelShape) -> tuple[list[Tensor], list[Tensor]]:
     """Weights (K, in, out) and biases (K, 1, out) of each layer in rows (K, P)."""
-    dims = shape.layer_dims
-    parts = values.split_with_sizes([fan_in * fan_out for fan_in, fan_out in dims] + [fan_out for _, fan_out in dims], 1)
-    weights = [part.view(-1, *size) for part, size in zip(parts, dims, strict=False)]  # the rest are biases
-    return weights, [part[:, None] for part in parts[len(dims):]]
+    sizes = [*shape.layer_dims, *((1, fan_out) for _, fan_out in shape.layer_dims)]
+    ends = list(itertools.accumulate(rows * columns for rows, columns in sizes))
+    views = [values[:, start:end].view(-1, *size) for start, end, size in zip([0, *ends], ends, sizes, strict=False)]
+    return views[:len(shape.layer_dims)], views[len(shape.layer_dims):]
 
 
 def keep_masks(generators: Sequence[torch.Generator], shape: tuple[int, ...], dropout: float) -> Tensor | None:
