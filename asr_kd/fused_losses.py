@@ -1,9 +1,10 @@
-"""The loss of `asr_kd.losses` and its gradient as Triton kernels, one program per frame.
+"""The loss of `asr_kd.losses`, its gradient and the mean of teachers' posteriors as Triton kernels, one program per frame.
 
 `row_losses` and `row_gradients` take and return what `asr_kd.losses._losses_and_gradient`, their reference, does at once (weighted gradients).
 Softmax and sums are done in float32. Nothing of size (N, C) exists beside input and result: the classes of a frame are worked
 through in blocks with a running maximum (Milakov & Gimelshein 2018, arXiv 1805.02867). The loss takes one pass over the classes, the
-gradient two. Of sparse targets these passes know the tail alone; the k listed classes are gathered and mended afterwards.
+gradient two. Of sparse targets these passes know the tail alone; the k listed classes are gathered and mended afterwards. The mean keeps a
+frame's classes in registers, so each teacher's logits are read once.
 
 Importing this module needs Triton; `asr_kd.losses` does so with the first logits on a CUDA device.
 """
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_LISTED = 128  # each listed class is compared with each other one
 MAX_BLOCK = 4096
+MAX_AVERAGED = 16384  # classes in registers
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
@@ -46,6 +48,32 @@ def row_gradients(logits: Tensor, rows: _Rows, settings: _Settings, weights: Ten
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     _launch(_gradient_kernel, gradient, logits, rows, settings, weights_ptr=weights.contiguous())
     return gradient
+
+
+def supports_mean(logits: Tensor) -> bool:
+    """Whether `mean_posteriors` takes logits (K, N, C) of this type and size."""
+    return logits.dtype in DTYPES and logits.numel() > 0 and logits.shape[2] <= MAX_AVERAGED
+
+
+def mean_posteriors(logits: Tensor, temperature: float) -> Tensor:
+    """Mean over teachers of softmax(logits / T), (K, N, C) -> (N, C) float32."""
+    logits = logits if logits.stride(2) == 1 else logits.contiguous()
+    num_teachers, num_rows, num_classes = logits.shape
+    means = torch.empty(num_rows, num_classes, dtype=torch.float32, device=logits.device)
+    block = triton.next_power_of_2(num_classes)
+    with torch.cuda.device_of(logits):
+        _mean_kernel[(num_rows,)](
+            means,
+            logits,
+            logits.stride(0),
+            logits.stride(1),
+            temperature,
+            NUM_TEACHERS=num_teachers,
+            NUM_CLASSES=num_classes,
+            BLOCK=block,
+            num_warps=16 if block > 8192 else 8 if block > 1024 else 4,
+        )
+    return means
 
 
 def _launch(kernel: Any, result: Tensor, logits: Tensor, rows: _Rows, settings: _Settings, **arguments: Any) -> None:
@@ -176,6 +204,31 @@ def _gradient_kernel(
         shifted = tl.load(logits_ptr + ids, mask=in_range, other=float("-inf")).to(tl.float32) - top
         gradient = _gradient(shifted, ids, p, mass / soft_sum, hard_sum, hard_ptr, row, temperature, hard_weight)
         tl.store(gradient_ptr + ids, weight * gradient, mask=in_range)
+
+
+@triton.jit
+def _mean_kernel(
+    means_ptr,
+    logits_ptr,
+    teacher_stride,
+    frame_stride,
+    temperature,
+    NUM_TEACHERS: tl.constexpr,
+    NUM_CLASSES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One frame's mean of softmax(z / T)."""
+    row = tl.program_id(0).to(tl.int64)
+    classes = tl.arange(0, BLOCK)
+    inside = classes < NUM_CLASSES
+    logits_ptr += row * frame_stride
+    total = tl.zeros([BLOCK], tl.float32)
+    for _ in range(NUM_TEACHERS):
+        z = tl.load(logits_ptr + classes, mask=inside, other=float("-inf")).to(tl.float32)
+        exponentials = tl.exp((z - tl.max(z, 0)) / temperature)
+        total += exponentials / tl.sum(exponentials, 0)
+        logits_ptr += teacher_stride
+    tl.store(means_ptr + row * NUM_CLASSES + classes, total / NUM_TEACHERS, mask=inside)
 
 
 @triton.jit

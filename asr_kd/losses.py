@@ -91,6 +91,8 @@ def average_teachers(logits: Tensor | Iterable[Tensor], temperature: float, mean
     _check_temperature(temperature)
     if mean not in ("arithmetic", "geometric"):
         raise ValueError(f"mean is {mean!r}; expected 'arithmetic' or 'geometric'")
+    if mean == "arithmetic" and isinstance(logits, Tensor) and (kernels := _averaging_kernels(logits)) is not None:
+        return cast(Tensor, kernels.mean_posteriors(logits.flatten(1, -2), temperature)).view(logits.shape[1:])
     total, num_teachers = None, 0
     for member in logits:  # (..., C)
         scaled = _at_least_float32(member) / temperature
@@ -343,6 +345,16 @@ def _fused_kernels(logits: Tensor, rows: _Rows, settings: _Settings) -> ModuleTy
     return kernels if kernels is not None and kernels.supports(logits, rows) else None
 
 
+def _averaging_kernels(logits: Tensor) -> ModuleType | None:
+    """`asr_kd.fused_losses` if it can average these teachers' posteriors (K, ..., C), of which no gradient is wanted; None for the plain form."""
+    if logits.device.type not in FUSED_DEVICES or logits.dim() < 3 or torch.compiler.is_compiling() or _is_wrapped(logits):
+        return None
+    if (logits.requires_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
+        return None
+    kernels = _working_kernels(logits.device)
+    return kernels if kernels is not None and kernels.supports_mean(logits.flatten(1, -2)) else None
+
+
 @functools.cache
 def _working_kernels(device: torch.device) -> ModuleType | None:
     """`asr_kd.fused_losses` if Triton is installed and its kernels, on this device, agree with the plain form on a small case."""
@@ -360,6 +372,7 @@ def _working_kernels(device: torch.device) -> ModuleType | None:
             gradient = torch.empty_like(logits)
             torch.testing.assert_close(fused_losses.row_losses(logits, rows, settings), _losses_and_gradient(logits, rows, settings, gradient))
             torch.testing.assert_close(fused_losses.row_gradients(logits, rows, settings, weights), gradient)
+        torch.testing.assert_close(fused_losses.mean_posteriors(logits[:, None], 2.0), (logits / 2).softmax(-1).mean(0, keepdim=True))
     except Exception as error:  # no C compiler, a device that Triton does not know, ...
         warnings.warn(f"asr_kd.fused_losses does not work on {device}, the plain form is used: {type(error).__name__}: {error}", stacklevel=2)
         return None

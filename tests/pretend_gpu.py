@@ -28,7 +28,8 @@ class PretendGpuTensor(Tensor):
     @staticmethod
     def __new__(cls, inner: Tensor) -> PretendGpuTensor:
         with torch.inference_mode(False):  # else it could not be a view of a parameter
-            made = Tensor._make_wrapper_subclass(cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device="meta")
+            made = Tensor._make_wrapper_subclass(cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
+                                                 device="meta")
         made.inner = inner
         return made
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from asr_kd import losses
-from asr_kd.losses import DistillationLoss, SparseTargets, distillation_loss
+from asr_kd.losses import DistillationLoss, SparseTargets, average_teachers, distillation_loss
 
 ROOT = Path(__file__).parent.parent
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -177,6 +177,29 @@ class TestOnDevice:
         found = kernels.row_losses(torch.zeros(4, 6, device=DEVICE), listed, losses._Settings(2.0, 0.5, False, True))
         assert found.isnan().tolist() == [False, False, True, True]
 
+    def test_mean_of_teachers_as_the_plain_form(self, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        called: list[int] = []
+        assert losses._working_kernels(torch.device(DEVICE)) is kernels
+        fused = kernels.mean_posteriors
+        monkeypatch.setattr(kernels, "mean_posteriors", lambda *args: (called.append(1), fused(*args))[1])
+        generator = torch.Generator().manual_seed(0)
+        for dtype, classes, temperature in ((torch.float32, 11, 0.7), (torch.bfloat16, 16, 2.0), (torch.float16, 1, 1.0), (torch.bfloat16, 300, 5.0)):
+            logits = (4 * torch.randn(3, 2, 5, classes, generator=generator)).to(DEVICE, dtype)
+            logits[1, 0, 2, :1] = -math.inf if classes > 1 else 0.0
+            logits[2, 1, 3, 0] = math.nan
+            expected = average_teachers(list(logits), temperature)  # one by one: the plain form
+            called.clear()
+            for given in (logits, logits.mT.contiguous().mT, torch.stack([logits, logits], 2)[:, :, 0]):
+                torch.testing.assert_close(average_teachers(given, temperature), expected, equal_nan=True)
+            assert len(called) == 3
+            assert expected[1, 3].isnan().all()
+        gradient = torch.autograd.grad(average_teachers(logits.requires_grad_(), 2.0)[0, 0, 0], logits)[0]
+        assert len(called) == 3
+        assert gradient[:, 0, 0].abs().sum() > 0
+        average_teachers(logits.detach(), 2.0, "geometric")
+        assert len(called) == 3
+        assert not kernels.supports_mean(torch.empty(2, 3, kernels.MAX_AVERAGED + 1, device="meta"))
+
     def test_higher_derivatives_and_transforms_take_the_plain_form(self, kernels: Any) -> None:
         logits, soft, hard, _ = case(classes=5)
         z, p, y = logits.detach()[:1, :2, 2:].contiguous(), soft[:1, :2, 2:], hard[:1, :2].clamp(max=4) - 2
@@ -226,6 +249,12 @@ def test_the_kernels_compile_for_gpus_without_one(monkeypatch: pytest.MonkeyPatc
             types |= result | pointers | dict.fromkeys(constants, "constexpr")
             source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, constants)
             assert "cubin" in compile(source, target=GPUTarget("cuda", 80, 32), options={"num_warps": 8}).asm
+    for dtype in ("*bf16", "*fp16", "*fp32"):
+        types = {"means_ptr": "*fp32", "logits_ptr": dtype, "teacher_stride": "i64", "frame_stride": "i64", "temperature": "fp32"}
+        constants = {"NUM_TEACHERS": 10, "NUM_CLASSES": 14000, "BLOCK": 16384}
+        source = ASTSource(fused_losses._mean_kernel, types | dict.fromkeys(constants, "constexpr"), constants)
+        compiled = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 16})
+        assert compiled.metadata.shared < 48 * 1024
 
 
 @in_this_process
