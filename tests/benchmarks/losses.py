@@ -61,21 +61,21 @@ def resident_mib(field: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-def measure(form: str, frames: int, classes: int, repeats: int) -> dict[str, object]:
+def measure(form: str, frames: int, classes: int, repeats: int, dtype: torch.dtype) -> dict[str, object]:
     """CPU time of the fastest of `repeats` passes, and what the first pass added to the peak of the resident set."""
     loss = loss_of(form, frames, classes)
-    logits = torch.randn(frames, classes, requires_grad=True)
+    logits = torch.randn(frames, classes).to(dtype).requires_grad_()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # sets the peak back to what is held now
     before = resident_mib("VmRSS")
     loss(logits).backward()
-    added = (resident_mib("VmHWM") - before) / (logits.numel() * 4 / 2**20)
+    added = (resident_mib("VmHWM") - before) / (logits.nbytes / 2**20)
     times = []
     for _ in range(repeats):
         logits.grad = None
         start = time.process_time()
         loss(logits).backward()
         times.append(time.process_time() - start)
-    return {"form": form, "frames": frames, "classes": classes, "ms": round(1e3 * min(times), 2), "added_in_logits": round(added, 2)}
+    return {"form": form, "dtype": str(dtype).removeprefix("torch."), "frames": frames, "classes": classes, "ms": round(1e3 * min(times), 2), "added_in_logits": round(added, 2)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--sizes", nargs="*", default=["512x1200", "2048x1200", "1024x14000"], help="frames x classes")
     parser.add_argument("--forms", nargs="*", default=FORMS, choices=FORMS)
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the logits")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     for form in options.forms:  # code and tables in memory
@@ -90,7 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for size in options.sizes:
         frames, classes = (int(number) for number in size.split("x"))
         for form in options.forms:
-            show(measure(form, frames, classes, options.repeats))
+            show(measure(form, frames, classes, options.repeats, getattr(torch, options.dtype)))
 
 
 if __name__ == "__main__":
