@@ -43,10 +43,13 @@ class Ensemble(nn.Module):
             raise AsrKdError("num_teachers: 0, expected at least 1; change it in the settings")
         self.shape = shape
         self.seeds = tuple(seeds)
-        members = [AcousticModel(shape, seed if drawn else None) for seed in seeds]
-        self.register_buffer("input_mean", members[0].input_mean)
-        self.register_buffer("input_scale", members[0].input_scale)
-        self.values = nn.Parameter(_rows_of(members))
+        self.register_buffer("input_mean", torch.zeros(shape.input_dim))
+        self.register_buffer("input_scale", torch.ones(shape.input_dim))
+        values = torch.empty(len(seeds), shape.num_values)
+        if drawn:
+            for row, seed in zip(values, seeds, strict=True):
+                _fill(row, AcousticModel(shape, seed))
+        self.values = nn.Parameter(values)
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -96,9 +99,9 @@ class Ensemble(nn.Module):
             if model.shape != models[0].shape or not same_inputs:
                 raise AsrKdError(f"member {k}: shape {model.shape}, expected {models[0].shape} and the same input mean and scale; "
                                  "stack models of one training run")
-        with torch.no_grad():
-            ensemble.set_input_statistics(models[0].input_mean, models[0].input_scale)
-            ensemble.values.copy_(_rows_of(models))
+        ensemble.set_input_statistics(models[0].input_mean, models[0].input_scale)
+        for row, model in zip(ensemble.values.detach(), models, strict=True):
+            _fill(row, model)
         return ensemble
 
     def set_input_statistics(self, mean: Tensor, scale: Tensor) -> None:
@@ -129,12 +132,9 @@ class Ensemble(nn.Module):
                 **{f"biases.{i}": bias for i, bias in enumerate(biases)}}
 
 
-def _rows_of(models: Sequence[AcousticModel]) -> Tensor:
-    """(K, P): the weights, (in, out), then the biases of each model in a row."""
-    rows = torch.empty(len(models), models[0].shape.num_values, device=models[0].input_mean.device)
-    for row, layers in zip(rows, (model.affine for model in models), strict=True):
-        torch.cat([layer.weight.detach().t().flatten() for layer in layers] + [layer.bias.detach() for layer in layers], out=row)
-    return rows
+def _fill(row: Tensor, model: AcousticModel) -> None:
+    """Write a model's weights, (in, out), then its biases to a row (P,)."""
+    torch.cat([layer.weight.detach().t().flatten() for layer in model.affine] + [layer.bias.detach() for layer in model.affine], out=row)
 
 
 def layer_views(values: Tensor, shape: ModelShape) -> tuple[list[Tensor], list[Tensor]]:
