@@ -75,7 +75,8 @@ def measure(form: str, frames: int, classes: int, repeats: int, dtype: torch.dty
         start = time.process_time()
         loss(logits).backward()
         times.append(time.process_time() - start)
-    return {"form": form, "dtype": str(dtype).removeprefix("torch."), "frames": frames, "classes": classes, "ms": round(1e3 * min(times), 2), "added_in_logits": round(added, 2)}
+    kind = str(dtype).removeprefix("torch.")
+    return {"form": form, "dtype": kind, "frames": frames, "classes": classes, "ms": round(1e3 * min(times), 2), "added_in_logits": round(added, 2)}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
