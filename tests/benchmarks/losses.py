@@ -1,7 +1,8 @@
 """Time and memory of the distillation loss, forward and backward: `python -m tests.benchmarks losses`.
 
 Targets are made beforehand: a row's memory is what forward and backward add to the resident set that holds logits and targets, at
-its peak (Linux only), as a multiple of the logits' own size, the gradient (1.0) included. Times are CPU times of one thread.
+its peak (Linux only), as a multiple of the logits' own size, the gradient (1.0) included. Of logits below 32 MB it may be memory that the process
+kept from before, and so not seen. Times are CPU times of one thread.
 """
 
 from __future__ import annotations
