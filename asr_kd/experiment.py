@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +23,7 @@ from asr_kd.recognition import Recogniser, decode_system, prepare_graph, remove_
 from asr_kd.results import Systems, make_results, score_system, write_results
 from asr_kd.settings import Settings, load_settings
 from asr_kd.sources import find_sources
-from asr_kd.stage import Record, read_json
+from asr_kd.stage import Record, alone_in, read_json
 from asr_kd.targets import Features, Targets, prepare_features, prepare_targets, realign
 
 log = logging.getLogger(__name__)
@@ -63,26 +62,6 @@ def run(hparams: Path | str, overrides: Sequence[str] = (), sweep: bool = False)
         print(first_table(settings.output / "report.md"))
     print(report)
     return report
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock, which ends with the process however that ends; `AsrKdError` where another run has it.
-
-    Two runs in one folder would each remove what the other has begun. Of the processes of one run the first holds it.
-    """
-    if rank() != 0:
-        yield
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise AsrKdError(f"{folder}: another run works here; wait until it has ended or give another output_folder") from error
-        except OSError:
-            log.warning("%s: this file system has no locks; see to it that no other run works here", folder)
-        yield
 
 
 def run_experiment(settings: Settings, sweep: bool = False) -> dict[str, Any]:

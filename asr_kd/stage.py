@@ -6,6 +6,7 @@ still matches, redoes one whose record does not, and continues one that was cut 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -66,6 +67,26 @@ def write_text(target: Path | str, text: str) -> None:
 def write_json(target: Path | str, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_text(target, json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold the folder's lock, which ends with the process however that ends; `AsrKdError` where another run has it.
+
+    Two runs in one folder would each remove what the other has begun. Of the processes of one run the first holds it.
+    """
+    if rank() != 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise AsrKdError(f"{folder}: another run works here; wait until it has ended or give another output_folder") from error
+        except OSError:
+            log.warning("%s: this file system has no locks; see to it that no other run works here", folder)
+        yield
 
 
 def read_json(path: Path | str) -> Any:

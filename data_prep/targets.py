@@ -16,9 +16,10 @@ from collections.abc import Sequence
 from asr_kd.cli import guarded
 from asr_kd.corpus import prepare_corpus, prepare_text
 from asr_kd.distributed import rank
-from asr_kd.experiment import alone_in, check_device
+from asr_kd.experiment import check_device
 from asr_kd.settings import load_settings
 from asr_kd.sources import find_sources
+from asr_kd.stage import alone_in
 from asr_kd.targets import prepare_features, prepare_targets, targets_folder
 
 

@@ -16,8 +16,8 @@ from speechbrain import Stage
 from speechbrain.dataio.batch import PaddedBatch
 
 from asr_kd.errors import AsrKdError
-from asr_kd.experiment import alone_in
 from asr_kd.model import save_tensors
+from asr_kd.stage import alone_in
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "LibriSpeech" / "CTC"

@@ -26,7 +26,7 @@ from asr_kd.manifest import read_manifest
 from asr_kd.score import WordErrors, score_split
 from asr_kd.settings import load_settings
 from asr_kd.sources import find_sources
-from asr_kd.stage import read_json
+from asr_kd.stage import alone_in, read_json
 
 pytest.importorskip("espeakng_loader", reason="the synthetic corpus needs espeak-ng: pip install -e '.[demo]'")
 
@@ -261,11 +261,11 @@ def test_wrong_settings_are_one_line_and_exit_code_2(finished: Path, more: list[
 
 
 def test_two_runs_in_one_folder_are_refused(finished: Path) -> None:
-    with experiment.alone_in(finished):
+    with alone_in(finished):
         done = run(finished)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1] == f"asr-kd: {finished}: another run works here; wait until it has ended or give another output_folder"
-    with experiment.alone_in(finished):  # an ended run has left nothing that is in the way
+    with alone_in(finished):  # an ended run has left nothing that is in the way
         pass
 
 

@@ -294,14 +294,25 @@ def test_checkpoint_of_other_settings_is_refused(data: FrameData, heldout: Frame
         train(Ensemble(SHAPE, [1]), data, heldout, tmp_path, SETTINGS, seed=7)
 
 
-def test_diverging_member_leaves_the_others_untouched(data: FrameData, heldout: FrameData, tmp_path: Path) -> None:
-    """Member 1 of three starts with weights whose logits overflow."""
+def test_diverging_member_leaves_the_others_untouched(data: FrameData, heldout: FrameData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Member 1 of three starts with weights whose logits overflow; once that is seen its weights stay as they are."""
+    update, moved = training._Trainer._update, []
+
+    def watched(self: training._Trainer) -> None:
+        before = self.values.clone()
+        update(self)
+        if any(self.schedule.stopped):
+            moved.append((before != self.values).any(1).tolist())
+
+    monkeypatch.setattr(training._Trainer, "_update", watched)
     networks, without = Ensemble(SHAPE, [1, 2, 3]), Ensemble(SHAPE, [1, 3])
     with torch.no_grad():
         networks.weights[0][1] = 1e38
     result = train(networks, data, heldout, tmp_path / "three", SETTINGS, seed=7)
     expected = train(without, data, heldout, tmp_path / "two", SETTINGS, seed=7)
     assert list(result.diverged) == [1]
+    assert moved
+    assert all(moves == [True, False, True] for moves in moved)
     assert [result.heldout_accuracy[k] for k in (0, 2)] == pytest.approx(expected.heldout_accuracy, abs=2e-3)
     for stacked, parameter in zip(networks.parameters(), without.parameters(), strict=True):
         torch.testing.assert_close(stacked[[0, 2]], parameter, rtol=0, atol=1e-4)

@@ -27,11 +27,10 @@ from torch import Tensor, nn
 from asr_kd.audio import read_audio
 from asr_kd.corpus import check_apart
 from asr_kd.errors import AsrKdError
-from asr_kd.experiment import alone_in
 from asr_kd.losses import average_teachers
 from asr_kd.manifest import Utterance, load_splits
 from asr_kd.model import save_tensors
-from asr_kd.stage import file_fingerprint, read_json, write_json
+from asr_kd.stage import alone_in, file_fingerprint, read_json, write_json
 
 WEIGHTS = "model.safetensors"
 
